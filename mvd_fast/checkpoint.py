@@ -1,0 +1,199 @@
+"""Checkpoints that are complete or invisible.
+
+DeepSpeed writes into a hidden folder; every file is fsynced, a manifest with sizes and SHA-256 is added, and one rename
+makes the checkpoint appear as `update-00000042`. Reading verifies the manifest first and never unpickles code.
+
+    run_dir/checkpoints/update-00000042/manifest.json, model.safetensors, DeepSpeed's state files
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from safetensors.torch import save_file
+
+log = logging.getLogger(__name__)
+
+PREFIX, HIDDEN, MANIFEST, WEIGHTS = "update-", ".writing-", "manifest.json", "model.safetensors"
+FORMAT = 1
+# Everything but tensors and plain containers that DeepSpeed's state files hold.
+TRUSTED_CLASSES = [
+    ZeroStageEnum,
+    LossScaler,
+    DynamicLossScaler,
+    fragment_address,
+    collections.OrderedDict,
+    collections.defaultdict,
+    dict,
+    torch.Size,
+]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another run."""
+
+
+class SafeTorchEngine(TorchCheckpointEngine):
+    """DeepSpeed's reader and writer of state files, without the unpickling of code when reading."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(TRUSTED_CLASSES):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds: the updates done, the ranks that wrote it, ZeRO stage and precision, and its files."""
+
+    update: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    files: dict[str, dict[str, Any]]
+    format: int = FORMAT
+
+
+def folder(run_dir: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def save(
+    engine: Any, weights: dict[str, torch.Tensor], run_dir: str | Path, update: int, precision: str, keep: int
+) -> Path:
+    """Writes the checkpoint of `update` (collective: every rank calls it) and removes all but the newest `keep`.
+
+    weights: the network's full float32 state dict, used on rank 0.
+    """
+    root, name = folder(run_dir), f"{PREFIX}{update:08d}"
+    hidden, final = root / (HIDDEN + name), root / name
+    if engine.global_rank == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(hidden, ignore_errors=True)
+    _barrier()
+    engine.save_checkpoint(str(root), tag=hidden.name, client_state={"update": update}, save_latest=False)
+    _barrier()
+    if engine.global_rank == 0:
+        save_file(weights, hidden / WEIGHTS)
+        stage = int(engine.zero_optimization_stage())
+        manifest = Manifest(update, _world_size(), stage, precision, _seal(hidden))
+        write_text(hidden / MANIFEST, json.dumps(asdict(manifest), indent=1))
+        _fsync(hidden)
+        if final.exists():  # of an earlier attempt at the same update
+            shutil.rmtree(final)
+        hidden.rename(final)
+        _fsync(root)
+        for old in _list(root)[keep:]:
+            shutil.rmtree(old)
+    _barrier()
+    return final
+
+
+def newest_valid(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint whose files match its manifest; damaged ones are named in the log and passed over."""
+    for path in _list(folder(run_dir)):
+        try:
+            verify(path)
+            return path
+        except CheckpointError as error:
+            log.warning("passing over a damaged checkpoint: %s", error)
+    return None
+
+
+def verify(path: Path) -> Manifest:
+    """The manifest, after every file's size and checksum were found right. Raises CheckpointError."""
+    try:
+        manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of mvd-fast: its {MANIFEST} is unreadable ({error})") from error
+    if manifest.format != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest.format}, this version reads format {FORMAT}")
+    for name, facts in manifest.files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != facts["bytes"]:
+            raise CheckpointError(f"{file} is missing or not {facts['bytes']} bytes long")
+        if _sha256(file) != facts["sha256"]:
+            raise CheckpointError(f"{file} does not match its checksum")
+    return manifest
+
+
+def load(engine: Any, path: Path, precision: str) -> int:
+    """Restores the engine (collective) and returns the number of updates done. `path` was verified before."""
+    manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
+    here = {"ranks": _world_size(), "ZeRO stage": int(engine.zero_optimization_stage()), "precision": precision}
+    there = {"ranks": manifest.world_size, "ZeRO stage": manifest.zero_stage, "precision": manifest.precision}
+    if here != there:
+        different = ", ".join(f"{k} {there[k]} (this run: {here[k]})" for k in here if here[k] != there[k])
+        raise CheckpointError(
+            f"{path} was written with {different}; resume with the same, or start a new run from its {WEIGHTS}"
+        )
+    engine.load_checkpoint(str(path.parent), tag=path.name)
+    return manifest.update
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file aside, fsyncs it and renames it into place."""
+    aside = path.with_name(path.name + ".writing")
+    with open(aside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file aside, fsyncs it and renames it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".writing")
+    save_file(weights, aside)
+    _fsync(aside)
+    aside.rename(path)
+
+
+def _list(root: Path) -> list[Path]:
+    """Finished checkpoints, newest first."""
+    return sorted(root.glob(f"{PREFIX}*"), reverse=True)
+
+
+def _seal(path: Path) -> dict[str, dict[str, Any]]:
+    files = {}
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        _fsync(file)
+        files[str(file.relative_to(path))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return files
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _barrier() -> None:
+    if _world_size() > 1:
+        dist.barrier()

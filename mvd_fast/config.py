@@ -1,0 +1,185 @@
+"""The schema of a run: one JSON file, strictly typed, checked before anything is loaded.
+
+Every field says what it means in its description; `mvd-fast config show CONFIG` prints the resolved file.
+Loading (`extends`, `--set`, error sentences) lives in `mvd_fast.config_file`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Precision = Literal["fp32", "bf16"]
+Fraction = Field(ge=0.0, le=1.0)
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Strict):
+    """The network that is trained. `kind` is the name of a module in `mvd_fast/models/`."""
+
+    kind: str = Field("student", description="module of mvd_fast/models: student, videomae, mae, ...")
+    image_size: PositiveInt = Field(224, description="side of the square input, pixels")
+    patch_size: PositiveInt = Field(16, description="side of a patch, pixels")
+    num_frames: PositiveInt = Field(16, description="frames of a clip; 1 for images")
+    tubelet_size: PositiveInt = Field(2, description="frames covered by one token; 1 for images")
+    embed_dim: PositiveInt
+    depth: PositiveInt
+    num_heads: PositiveInt
+    decoder_dim: PositiveInt
+    decoder_depth: PositiveInt
+    decoder_heads: PositiveInt
+    drop_path: float = Field(0.0, ge=0.0, lt=1.0, description="stochastic depth rate of the last block")
+    activation_checkpointing: bool = Field(False, description="recompute block activations in backward")
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along time, height and width."""
+        side = self.image_size // self.patch_size
+        return self.num_frames // self.tubelet_size, side, side
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ModelConfig:
+        _require_divisible(self, "image_size", "patch_size")
+        _require_divisible(self, "num_frames", "tubelet_size")
+        _require_divisible(self, "embed_dim", "num_heads")
+        _require_divisible(self, "decoder_dim", "decoder_heads")
+        return self
+
+
+class TeacherConfig(Strict):
+    """A frozen teacher. `kind` is the name of a module in `mvd_fast/teachers/`."""
+
+    kind: str = Field(description="module of mvd_fast/teachers: mae, videomae, ...")
+    checkpoint: str = Field(description="file with the teacher's weights: .pth or .safetensors")
+    image_size: PositiveInt = 224
+    patch_size: PositiveInt = 16
+    embed_dim: PositiveInt
+    depth: PositiveInt
+    num_heads: PositiveInt
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TeacherConfig:
+        _require_divisible(self, "image_size", "patch_size")
+        _require_divisible(self, "embed_dim", "num_heads")
+        return self
+
+
+class TeachersConfig(Strict):
+    image: TeacherConfig | None = None
+    video: TeacherConfig | None = None
+
+
+class ObjectiveConfig(Strict):
+    """What is minimised. `kind` is the name of a module in `mvd_fast/objectives/`."""
+
+    kind: str = Field("distillation", description="module of mvd_fast/objectives: distillation, pixel, ...")
+    image_weight: float = Field(1.0, ge=0.0, description="weight of the image teacher's loss")
+    video_weight: float = Field(1.0, ge=0.0, description="weight of the video teacher's loss")
+    normalize_targets: bool = Field(
+        False, description="distillation: LayerNorm teacher features per token; off in every released recipe"
+    )
+    normalize_pixels: bool = Field(True, description="pixel: normalise each target patch to zero mean, unit variance")
+
+
+class DataConfig(Strict):
+    """Where clips come from. `kind` is the name of a module in `mvd_fast/data/kinds/`."""
+
+    kind: str = Field("video", description="module of mvd_fast/data/kinds: video, frame, image, ...")
+    train: str = Field(description="list file (`path label` a line) or folder of class folders")
+    root: str = Field("", description="folder that relative paths in the list start from; empty: the list's folder")
+    sampling_rate: PositiveInt = Field(4, description="take every n-th frame")
+    crop: Literal["multiscale", "random_resized", "center"] = Field(
+        "multiscale", description="VideoMAE's multi-scale crop, MAE's random resized crop, or the largest centre square"
+    )
+    scales: tuple[PositiveFloat, ...] = Field((1.0, 0.875, 0.75, 0.66), description="multiscale: parts of the side")
+    area: tuple[PositiveFloat, PositiveFloat] = Field((0.2, 1.0), description="random_resized: range of the area kept")
+    flip: float = Field(0.0, ge=0.0, le=1.0, description="probability of a horizontal flip")
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+    mask_ratio: float = Field(0.9, gt=0.0, lt=1.0, description="share of tokens masked; the same in every time slice")
+    threads: PositiveInt = Field(2, description="DALI's CPU threads per rank")
+    workers: int = Field(0, ge=0, description="processes that read and (H.264 on CPU) decode; 0: inside this process")
+    prefetch: PositiveInt = Field(2, description="batches prepared ahead")
+    max_bad_share: float = Field(0.05, ge=0.0, le=1.0, description="stop when more than this share of files is bad")
+
+
+class BatchConfig(Strict):
+    """`size = micro x accumulation x ranks`; name any of micro and accumulation, the rest is derived and checked."""
+
+    size: PositiveInt = Field(description="clips per optimiser update, over all ranks")
+    micro: PositiveInt | None = Field(None, description="clips per rank and forward pass")
+    accumulation: PositiveInt | None = Field(None, description="forward passes per update")
+
+
+class OptimConfig(Strict):
+    """AdamW with linear warm-up and cosine decay, stepped every update."""
+
+    base_lr: PositiveFloat = Field(1.5e-4, description="peak learning rate for batch 256; scaled by batch.size / 256")
+    base_min_lr: float = Field(0.0, ge=0.0, description="final learning rate for batch 256; scaled likewise")
+    warmup_lr: float = Field(0.0, ge=0.0, description="learning rate of the first update")
+    epochs: PositiveInt
+    warmup_epochs: int = Field(40, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.05, ge=0.0, description="none on 1-D tensors and biases; mask tokens are decayed")
+    clip_grad: float = Field(0.0, ge=0.0, description="global gradient norm limit; 0: no clipping, as the recipes do")
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> OptimConfig:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, longer than the {self.epochs} epochs of the run")
+        return self
+
+
+class CheckpointConfig(Strict):
+    every_updates: PositiveInt | None = Field(None, description="save every n updates; empty: at the end of each epoch")
+    keep_last: PositiveInt = Field(2, description="checkpoints kept; older ones are removed")
+
+
+class LogConfig(Strict):
+    every: PositiveInt = Field(10, description="updates between two log lines; the host waits for the device only then")
+    tensorboard: bool = True
+
+
+class RunConfig(Strict):
+    """One training run."""
+
+    name: str
+    run_dir: str = Field("", description="where checkpoints and logs go; empty: runs/<name>")
+    seed: int = Field(0, ge=0)
+    precision: Precision = "bf16"
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    teachers: TeachersConfig = TeachersConfig()
+    data: DataConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="passed to DeepSpeed as it is, e.g. {'zero_optimization': {'stage': 1}}"
+    )
+
+    @property
+    def output_dir(self) -> str:
+        return self.run_dir or f"runs/{self.name}"
+
+    @property
+    def num_visible(self) -> int:
+        """Tokens that the mask leaves visible, the same for every sample."""
+        frames, height, width = self.model.grid
+        return frames * (height * width - int(self.data.mask_ratio * height * width))
+
+
+def _require_divisible(config: BaseModel, whole: str, part: str) -> None:
+    if getattr(config, whole) % getattr(config, part):
+        raise ValueError(f"{whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}")

@@ -1,0 +1,278 @@
+"""Loading a run's JSON: `extends`, `--set`, and every fault of a config as one clear sentence.
+
+A file may name others under `extends` (a string or a list, relative to itself, or a recipe's name); they are merged in
+order and the file itself goes on top: objects merge key by key, everything else replaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from mvd_fast.config import RunConfig
+from mvd_fast.config_checks import ConfigError, check_batch, faults, missing_files, nearest
+
+__all__ = [
+    "ConfigError",
+    "add_train_arguments",
+    "check_batch",
+    "config_from_arguments",
+    "list_recipes",
+    "load_config",
+    "missing_files",
+    "save_config",
+]
+
+Json = dict[str, Any]
+
+# Installed, the recipes lie inside the package; in a checkout, beside it.
+RECIPE_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+
+# What a field accepts, for pydantic's error types that say it in pydantic's own words.
+ACCEPTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": 'a string, such as "text"',
+    "tuple_type": "a list",
+    "dict_type": "an object, such as {}",
+    "model_type": "an object, such as {}",
+    "model_attributes_type": "an object, such as {}",
+}
+
+
+def load_config(path_or_recipe_name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, merge, override and check a run's config, before anything else is loaded.
+
+    Args:
+        path_or_recipe_name: a JSON file, or a recipe's name with or without `.json` (`vitl`, `demo/student`).
+        overrides: `a.b=value` settings, applied last; a value that is not JSON is taken as a string.
+
+    Raises:
+        ConfigError: the file is missing or not JSON, or the config is faulty; one sentence, or one a line.
+    """
+    path = _find(path_or_recipe_name)
+    tree = _read_merged(path, ())
+    for override in overrides:
+        _apply_override(tree, override)
+    return _validate(tree, str(path))
+
+
+def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
+    """Write the resolved config as JSON that `load_config` reads back equal; the file is complete or absent."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(config.model_dump_json(indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def list_recipes() -> dict[str, Path]:
+    """The recipes that come with mvd_fast, by name; files in `base/` are parts of recipes and not listed."""
+    return {name: path for name, path in _recipe_files().items() if not name.startswith("base/")}
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `train.py` and `mvd-fast train` take, and the rank that DeepSpeed's launcher appends."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON file or name of a recipe, such as vitl")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one value, such as optim.epochs=100; may be repeated",
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="{auto,never,PATH}",
+        help="auto: from the newest valid checkpoint of the run; never: refuse one; or a checkpoint's path",
+    )
+    parser.add_argument("--run-dir", default="", metavar="FOLDER", help="where checkpoints and logs go")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+
+
+def config_from_arguments(arguments: argparse.Namespace) -> RunConfig:
+    """The config that the arguments of `add_train_arguments` name; `--run-dir` wins over the file and `--set`."""
+    run_dir = [f"run_dir={json.dumps(arguments.run_dir)}"] if arguments.run_dir else []
+    return load_config(arguments.config, [*arguments.set, *run_dir])
+
+
+def _find(name: str, start: Path = Path()) -> Path:
+    """The file meant by `name`: below `start`, else a recipe."""
+    bare = name.removesuffix(".json")
+    for candidate in (start / name, start / f"{bare}.json", _recipe_files().get(bare)):
+        if candidate is not None and candidate.is_file():
+            return candidate
+    names = list(list_recipes())
+    hint = nearest(Path(bare).name, names) or nearest(bare, names) or f"; the recipes are {', '.join(names)}"
+    raise ConfigError(f"config {name} does not exist{hint}")
+
+
+def _recipe_files() -> dict[str, Path]:
+    folder = next((folder for folder in RECIPE_FOLDERS if folder.is_dir()), RECIPE_FOLDERS[-1])
+    files = sorted(folder.rglob("*.json"), key=lambda file: (len(file.parts), file))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def _read_merged(path: Path, above: tuple[Path, ...]) -> Json:
+    """The file with everything it extends; `above` is the chain of files that led here."""
+    chain = (*above, path.resolve())
+    if path.resolve() in above:
+        raise ConfigError(f"{path} extends itself: {' -> '.join(file.name for file in chain)}")
+    tree = _read_json(path)
+    bases = tree.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: extends: got {_shown(bases)}; it must be a file name or a list of file names")
+    merged: Json = {}
+    for base in bases:
+        merged = _merge(merged, _read_merged(_find_base(path, base), chain))
+    return _merge(merged, tree)
+
+
+def _find_base(path: Path, base: str) -> Path:
+    try:
+        return _find(base, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: extends: {error}") from None
+
+
+def _read_json(path: Path) -> Json:
+    try:
+        tree = _parse(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"{path} is not valid JSON: {error.msg} at {place}") from None
+    except ValueError as error:  # a key twice, NaN, or bytes that are not UTF-8
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f'{path} must hold one JSON object, such as {{"extends": "vitl"}}, not {_shown(tree)}')
+    return tree
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
+    tree: Json = {}
+    for key, value in pairs:
+        if key in tree:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+        tree[key] = value
+    return tree
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a number that JSON allows")
+
+
+def _merge(base: Json, top: Json) -> Json:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _apply_override(tree: Json, override: str) -> None:
+    """Set the value at a dotted path; an object replaces what was there."""
+    path, separator, text = override.partition("=")
+    *parents, last = path.strip().split(".")
+    if not separator or not last or not all(parents):
+        raise ConfigError(f"--set takes KEY=VALUE with a dotted key, such as optim.epochs=100, not {override!r}")
+    for key in parents:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    try:
+        tree[last] = _parse(text)
+    except ValueError:
+        tree[last] = text
+
+
+def _validate(tree: Json, source: str) -> RunConfig:
+    try:
+        config = RunConfig.model_validate_json(json.dumps(tree), strict=True)
+        sentences = faults(config)
+    except ValidationError as error:
+        sentences = [_sentence(found) for found in error.errors(include_url=False)]
+    if len(sentences) == 1:
+        raise ConfigError(f"{source}: {sentences[0]}")
+    if sentences:
+        raise ConfigError("\n  ".join([f"{source} has {len(sentences)} errors:", *sentences]))
+    return config
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """One pydantic error in our words: where, what came, what is accepted."""
+    location, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    path = _dotted(location)
+    if kind == "extra_forbidden":
+        return _unknown_key(location)
+    if kind == "missing":
+        field = _fields(location[:-1]).get(str(location[-1]))
+        return f"{path} is missing" + (f"; it is the {field.description}" if field and field.description else "")
+    if kind == "value_error":  # a validator of ours, whose sentence is complete
+        return f"{path}: {context['error']}" if path else str(context["error"])
+    accepted = ACCEPTED.get(kind) or error["msg"].removeprefix("Input should be ")
+    hint = nearest(str(error["input"]), str(context.get("expected", "")).split("'")[1::2])
+    return f"{path}: got {_shown(error['input'])}; it must be {accepted}{hint}"
+
+
+def _unknown_key(location: tuple[int | str, ...]) -> str:
+    name, siblings = str(location[-1]), list(_fields(location[:-1]))
+    hint = nearest(name, siblings)
+    if not hint:  # a known name at the wrong place
+        elsewhere = [path for path in _all_paths(RunConfig) if path.split(".")[-1] == name]
+        hint = f", did you mean {elsewhere[0]!r}?" if elsewhere else ";"
+    return f"{_dotted(location)}: unknown key{hint} valid here: {', '.join(siblings)}"
+
+
+def _fields(location: tuple[int | str, ...]) -> dict[str, FieldInfo]:
+    """The fields of the schema's object at `location`."""
+    model: type[BaseModel] | None = RunConfig
+    for key in location:
+        model = _model_of(model.model_fields[str(key)]) if model else None
+    return dict(model.model_fields) if model else {}
+
+
+def _model_of(field: FieldInfo) -> type[BaseModel] | None:
+    options = (field.annotation, *get_args(field.annotation))
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+def _all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        inner = _model_of(field)
+        if inner:
+            yield from _all_paths(inner, f"{prefix}{name}.")
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return "".join(parts).removeprefix(".")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,176 @@
+"""`mvd-fast data check LIST`: scan every file once, set the unusable ones aside, say what would decode faster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mvd_fast.data import media
+from mvd_fast.data.index import FileFacts, is_fresh, load_index, save_index, scan_files
+from mvd_fast.data.lists import read_dataset, side_file
+from mvd_fast.data.quarantine import quarantine_path, write_quarantine
+
+LONG_GOP = 32  # frames; a random clip decodes half of this before its first frame
+SHORT_SIDE = (256, 320)  # pixels; more is thrown away by the resize to 224
+SAVE_EVERY = 5000  # files
+
+
+@dataclass
+class CheckReport:
+    """What `check_list` found."""
+
+    files: int
+    scanned: int  # the rest was known from the index
+    bad: dict[str, str]  # path -> reason
+    codecs: dict[str, int]
+    advice: list[str] = field(default_factory=list)
+    index: str = ""
+    quarantine: str = ""
+
+
+def check_list(
+    train: str,
+    root: str = "",
+    min_frames: int = 1,
+    decode: bool = False,
+    processes: int | None = None,
+    console: Console | None = None,
+) -> CheckReport:
+    """Scan every file of a list or folder that the index beside it does not know yet.
+
+    `min_frames`: shorter videos are set aside as too short. `decode`: decode every frame instead of trusting the
+    container. Writes `<list>.index.json` and `<list>.quarantine.txt`; an interrupted scan keeps what it has seen.
+    Raises ListError (a ValueError) when the list itself is missing or malformed.
+    """
+    entries = read_dataset(train, root, media.VIDEO_EXTENSIONS + media.IMAGE_EXTENSIONS)
+    paths = list(dict.fromkeys(entry.path for entry in entries))
+    index_path = side_file(train, "index.json")
+    known = load_index(index_path)
+    known = {path: known[path] for path in paths if is_fresh(known.get(path), path, decode)}
+    scanned = len(paths) - len(known)
+    _scan(paths, known, index_path, decode, processes or min(os.cpu_count() or 1, 16), console or Console(stderr=True))
+    bad = {path: reason for path in paths if (reason := _why_unusable(known[path], min_frames))}
+    write_quarantine(train, bad)
+    good = [known[path] for path in paths if path not in bad]
+    return CheckReport(
+        files=len(paths),
+        scanned=scanned,
+        bad=bad,
+        codecs=dict(Counter(facts.codec for facts in good).most_common()),
+        advice=advise(good),
+        index=index_path,
+        quarantine=quarantine_path(train),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns 0 when every file is usable, else 1."""
+    parser = argparse.ArgumentParser("mvd-fast data check", description="Scan every file of a list or folder, once.")
+    parser.add_argument("list", metavar="LIST", help="list file (`path label` a line) or folder of class folders")
+    parser.add_argument("--root", default="", help="folder that relative paths start from (default: the list's)")
+    parser.add_argument("--min-frames", type=int, default=1, help="set shorter videos aside (default: %(default)s)")
+    parser.add_argument("--decode", action="store_true", help="decode every frame: slow, finds damage inside files")
+    parser.add_argument("--processes", type=int, default=None, help="processes that scan (default: one per CPU)")
+    chosen = parser.parse_args(argv)
+    report = check_list(chosen.list, chosen.root, chosen.min_frames, chosen.decode, chosen.processes)
+    _print(report, Console(soft_wrap=True, highlight=False))
+    return 1 if report.bad else 0
+
+
+def advise(files: list[FileFacts]) -> list[str]:
+    """Sentences on what re-encoding would speed up, with a command line; empty when nothing would."""
+    videos = [facts for facts in files if facts.is_video]
+    findings = [*_codec_advice(videos), *_key_frame_advice(videos), *_size_advice(videos)]
+    return [*findings, *_commands()] if findings else []
+
+
+def _codec_advice(videos: list[FileFacts]) -> list[str]:
+    slow = [
+        facts
+        for facts in videos
+        if facts.codec not in media.DALI_CPU_CODECS or facts.pixel_format not in media.PLAIN_FORMATS
+    ]
+    if not slow:
+        return []
+    names = ", ".join(sorted({f"{facts.codec} {facts.pixel_format}".strip() for facts in slow}))
+    return [
+        f"{len(slow)} of {len(videos)} videos ({names}) are outside DALI's CPU decoder (VP8, VP9, MJPEG in 8-bit 4:2:0 "
+        "or 4:2:2): training on a CPU decodes them with PyAV. On a GPU, NVDEC takes H.264, HEVC, VP9 and AV1"
+    ]
+
+
+def _key_frame_advice(videos: list[FileFacts]) -> list[str]:
+    long = [facts for facts in videos if facts.key_every > LONG_GOP and facts.frames > 2 * LONG_GOP]
+    if not long:
+        return []
+    typical = median(facts.key_every for facts in long)
+    return [
+        f"{len(long)} of {len(videos)} videos have a key frame only every {typical:.0f} frames (median): on average "
+        f"half of those are decoded before a clip begins. Every {LONG_GOP} or fewer is better"
+    ]
+
+
+def _size_advice(videos: list[FileFacts]) -> list[str]:
+    large = [facts for facts in videos if min(facts.width, facts.height) > SHORT_SIDE[1]]
+    if not large:
+        return []
+    typical = median(min(facts.width, facts.height) for facts in large)
+    return [
+        f"{len(large)} of {len(videos)} videos have a short side above {SHORT_SIDE[1]} pixels (median {typical:.0f}): "
+        f"{SHORT_SIDE[0]} to {SHORT_SIDE[1]} is enough for training at 224"
+    ]
+
+
+def _commands() -> list[str]:
+    scale = f"-vf \"scale='if(gt(iw,ih),-2,{SHORT_SIDE[0]})':'if(gt(iw,ih),{SHORT_SIDE[0]},-2)'\""
+    vp9 = f"-c:v libvpx-vp9 -crf 28 -b:v 0 -g {LONG_GOP} -cpu-used 4 -row-mt 1"
+    h264 = f"-c:v libx264 -crf 20 -g {LONG_GOP} -pix_fmt yuv420p -movflags +faststart"
+    return [
+        f"for training on a CPU: ffmpeg -i IN -an {scale} {vp9} -pix_fmt yuv420p OUT.webm",
+        f"for training on a GPU: ffmpeg -i IN -an {scale} {h264} OUT.mp4",
+    ]
+
+
+def _scan(
+    paths: list[str], known: dict[str, FileFacts], index_path: str, decode: bool, processes: int, console: Console
+) -> None:
+    """Add to `known` what is missing; the index is saved now and then and whatever happens."""
+    missing = [path for path in paths if path not in known]
+    columns = (TextColumn("scanning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=console, disable=not missing) as progress:
+            task = progress.add_task("scan", total=len(missing))
+            for done, (path, facts) in enumerate(scan_files(missing, decode, processes), start=1):
+                known[path] = facts
+                progress.advance(task)
+                if done % SAVE_EVERY == 0:
+                    save_index(index_path, known)
+    finally:
+        save_index(index_path, known)
+
+
+def _why_unusable(facts: FileFacts, min_frames: int) -> str:
+    if facts.error:
+        return facts.error
+    if facts.is_video and facts.frames < min_frames:
+        return f"is too short: {facts.frames} frames, at least {min_frames} were asked for"
+    return ""
+
+
+def _print(report: CheckReport, console: Console) -> None:
+    codecs = ", ".join(f"{count} {codec}" for codec, count in report.codecs.items())
+    console.print(f"{report.files} files, {report.scanned} scanned now, {len(report.bad)} unusable; {codecs or 'none'}")
+    for path, reason in report.bad.items():
+        console.print(f"  {path}: {reason}", markup=False)
+    for line in report.advice:
+        console.print(f"- {line}", markup=False)
+    console.print(f"index: {report.index}", markup=False)
+    if report.bad:
+        console.print(f"training leaves out what is named in {report.quarantine}", markup=False)

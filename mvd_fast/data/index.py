@@ -1,0 +1,144 @@
+"""The index beside a list: what a scan found out about every file, so that the next scan looks only at changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from mvd_fast.data import media
+
+VERSION = 1
+INLINE_BELOW = 64  # files; starting processes takes longer than scanning these
+AHEAD = 4  # files handed to each process in advance
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """One file as a scan saw it. `error` is empty for usable files; the facts are zero where it is not."""
+
+    size: int
+    mtime_ns: int
+    error: str = ""
+    frames: int = 0
+    fps: float = 0.0
+    width: int = 0
+    height: int = 0
+    codec: str = ""
+    pixel_format: str = ""
+    key_every: float = 0.0
+    decoded: bool = False  # whether every frame was decoded, too
+
+    @property
+    def is_video(self) -> bool:
+        return self.frames > 0 and self.fps > 0
+
+
+def scan_file(path: str, decode: bool = False) -> FileFacts:
+    """Look at one file; never raises for what is wrong with it. `decode`: also decode every frame."""
+    size, mtime_ns = stamp(path)
+    try:
+        data = media.read_bytes(path)
+        if path.lower().endswith(media.IMAGE_EXTENSIONS):
+            return _image_facts(size, mtime_ns, data, decode)
+        info = media.probe_video(data)
+        if decode:
+            media.require_decodable(data, info)
+    except media.BadFile as error:
+        return FileFacts(size, mtime_ns, error=str(error), decoded=decode)
+    return FileFacts(
+        size,
+        mtime_ns,
+        frames=info.frames,
+        fps=info.fps,
+        width=info.width,
+        height=info.height,
+        codec=info.codec,
+        pixel_format=info.pixel_format,
+        key_every=info.key_every,
+        decoded=decode,
+    )
+
+
+def _image_facts(size: int, mtime_ns: int, data, decode: bool) -> FileFacts:
+    info = media.probe_image(data)
+    if decode:
+        media.decode_image(data)
+    return FileFacts(
+        size, mtime_ns, frames=1, width=info.width, height=info.height, codec=info.codec.lower(), decoded=decode
+    )
+
+
+def stamp(path: str) -> tuple[int, int]:
+    """(size in bytes, modification time in ns); zeros where the file cannot be looked at."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def load_index(path: str) -> dict[str, FileFacts]:
+    """path -> facts of an earlier scan; empty where there is none, or one of another version."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            return {}
+        return {name: FileFacts(**facts) for name, facts in content["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def save_index(path: str, files: dict[str, FileFacts]) -> None:
+    """Write the index; readers see the old one or the new one, never a part."""
+    content = {"version": VERSION, "files": {name: asdict(facts) for name, facts in files.items()}}
+    write_whole(path, json.dumps(content, indent=0))
+
+
+def write_whole(path: str, text: str) -> None:
+    """Write a text file aside, flush it to the disk, and move it to its place."""
+    folder, name = os.path.split(os.path.abspath(path))
+    handle, aside = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        os.unlink(aside)
+        raise
+
+
+def is_fresh(facts: FileFacts | None, path: str, decode: bool) -> bool:
+    """Whether earlier facts still hold: same size, same modification time, looked at as deeply."""
+    return facts is not None and (facts.size, facts.mtime_ns) == stamp(path) != (0, 0) and facts.decoded >= decode
+
+
+def scan_files(paths: Iterable[str], decode: bool, processes: int) -> Iterator[tuple[str, FileFacts]]:
+    """Facts of every file, in the order of `paths`."""
+    paths = list(paths)
+    inline = processes <= 1 or len(paths) < INLINE_BELOW
+    with nullcontext() if inline else ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        if pool is None:
+            yield from ((path, scan_file(path, decode)) for path in paths)
+        else:
+            yield from _scan_ahead(pool, paths, decode, processes * AHEAD)
+
+
+def _scan_ahead(pool: Executor, paths: list[str], decode: bool, ahead: int) -> Iterator[tuple[str, FileFacts]]:
+    waiting: list[tuple[str, Future[FileFacts]]] = []
+    for path in paths:
+        waiting.append((path, pool.submit(scan_file, path, decode)))
+        if len(waiting) >= ahead:
+            done, future = waiting.pop(0)
+            yield done, future.result()
+    for path, future in waiting:
+        yield path, future.result()

@@ -1,0 +1,63 @@
+"""Clips of videos: VideoMAE's and MVD's pre-training input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from nvidia.dali import fn
+from nvidia.dali.pipeline import DataNode
+
+from mvd_fast.config import RunConfig
+from mvd_fast.data import crops, media
+from mvd_fast.data.kinds import Inputs
+from mvd_fast.data.sampling import SampleKey, random_clip
+
+
+@dataclass(frozen=True)
+class VideoKind:
+    """One clip of `num_frames` frames per video and epoch."""
+
+    num_frames: int
+    sampling_rate: int
+    crop: crops.Crop
+    dali_codecs: frozenset[str]
+    output: str = "video"
+    extensions: tuple[str, ...] = media.VIDEO_EXTENSIONS
+
+    def check(self, data: np.ndarray) -> media.VideoInfo:
+        return media.probe_video(data)
+
+    def frames(self, facts: media.VideoInfo, key: SampleKey) -> np.ndarray:
+        return random_clip(key, facts.frames, self.num_frames, self.sampling_rate)
+
+    def load(self, data: np.ndarray, facts: media.VideoInfo, key: SampleKey, by_dali: bool) -> Inputs:
+        frames = self.frames(facts, key)
+        box, flip = self.crop.box(key, facts.width, facts.height), self.crop.flipped(key)
+        if by_dali and facts.codec in self.dali_codecs and facts.pixel_format in media.PLAIN_FORMATS:
+            return Inputs.of_encoded(data, frames, box, flip)
+        return Inputs.of_pixels(media.decode_frames(data, frames, facts), box, flip)
+
+    def graph(self, inputs: Inputs, device: str) -> DataNode:
+        pixels = decoded_video(inputs, device)  # FHWC
+        return self.crop.graph(pixels, inputs, layout="CFHW")
+
+
+def decoded_video(inputs: Inputs, device: str) -> DataNode:
+    """Frames from DALI's decoder where the sample is encoded, else those the source decoded; uint8 FHWC."""
+    if inputs.is_encoded:
+        pixels = fn.decoders.video(
+            inputs.encoded, frames=inputs.frames, device="mixed" if device == "gpu" else "cpu", affine=False
+        )
+    else:
+        pixels = inputs.decoded.gpu() if device == "gpu" else inputs.decoded
+    return pixels
+
+
+def build(config: RunConfig, on_gpu: bool) -> VideoKind:
+    return VideoKind(
+        num_frames=config.model.num_frames,
+        sampling_rate=config.data.sampling_rate,
+        crop=crops.from_config(config),
+        dali_codecs=media.DALI_GPU_CODECS if on_gpu else media.DALI_CPU_CODECS,
+    )

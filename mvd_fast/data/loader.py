@@ -1,0 +1,240 @@
+"""Batches for the trainer: a thread runs the pipeline ahead, recovers from bad files and hands tensors over."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvd_fast.config import DataConfig, RunConfig
+from mvd_fast.data import lists
+from mvd_fast.data.pipeline import PIPELINE_DEPTH, PipelineSpec, build_pipeline, failing_samples, outputs_to_torch
+from mvd_fast.data.quarantine import quarantine_path, read_quarantine
+from mvd_fast.data.sampling import SampleKey
+from mvd_fast.data.source import Readers, Sample, Schedule, Source
+
+logger = logging.getLogger(__name__)
+
+JUDGED_FROM = 1000  # files seen before a share of bad ones says something about a long list
+LOOK_FOR_MISSING = 20  # files looked at when the loader is built
+
+
+class TooManyBadFiles(ValueError):
+    """More than `data.max_bad_share` of the files are unusable."""
+
+
+def build_loader(
+    config: RunConfig, rank: int, world_size: int, device: torch.device, micro: int, accumulation: int
+) -> Loader:
+    """The loader of one rank. Raises ValueError sentences for lists that are missing, empty or too short."""
+    kind = importlib.import_module(f"mvd_fast.data.kinds.{config.data.kind}").build(config, device.type == "cuda")
+    entries = lists.read_dataset(config.data.train, config.data.root, kind.extensions)
+    paths = [entry.path for entry in entries]
+    _require_some_present(paths, config.data.train)
+    schedule = Schedule(config.seed, len(paths), micro, accumulation, rank, world_size)
+    if schedule.updates_per_epoch == 0:
+        raise ValueError(
+            f"{config.data.train} lists {len(paths)} files, less than one update of batch.size {schedule.size}; "
+            "list more files or lower batch.size"
+        )
+    spec = PipelineSpec(
+        kind=kind,
+        batch=micro,
+        grid=config.model.grid,
+        mask_ratio=config.data.mask_ratio,
+        threads=config.data.threads,
+        device=device,
+    )
+    quarantine = read_quarantine(config.data.train)
+    if quarantine:
+        logger.info("%d files are set aside by %s", len(quarantine), quarantine_path(config.data.train))
+    return Loader(Source(paths, kind, frozenset(quarantine)), schedule, spec, config.data)
+
+
+def _require_some_present(paths: list[str], train: str) -> None:
+    first = paths[:LOOK_FOR_MISSING]
+    if not any(os.path.exists(path) for path in first):
+        raise ValueError(
+            f"none of the first {len(first)} files of {train} exists, for instance {first[0]}; "
+            "set data.root to the folder that the list's paths start from"
+        )
+
+
+class Loader:
+    """Micro batches of one rank; see `batches`. Made by `build_loader`."""
+
+    def __init__(self, source: Source, schedule: Schedule, spec: PipelineSpec, data: DataConfig):
+        self.schedule, self.spec, self.data = schedule, spec, data
+        self.paths = source.paths
+        self.readers = Readers(source, data.threads, data.workers)
+        self.suspects: dict[str, str] = {}  # path -> why DALI failed on it; decoded by the readers since
+        self.bad_files: dict[str, str] = {}
+        self.replaced = 0
+        self._touched: set[int] = set()
+        self._producers: weakref.WeakSet[_Producer] = weakref.WeakSet()
+        atexit.register(_close, weakref.ref(self))  # a pipeline must not run while the interpreter goes down
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimiser updates of one pass over the dataset; the remainder is dropped."""
+        return self.schedule.updates_per_epoch
+
+    def names(self, index: Tensor) -> list[str]:
+        """Paths of the samples of a batch, from its `index`."""
+        return [self.paths[i] for i in index.tolist()]
+
+    def batches(self, start_update: int) -> Iterator[dict[str, Tensor]]:
+        """Micro batches from update `start_update` on, without end.
+
+        Each is a dict on the device: `video` float32 [B, 3, T, H, W] or `image` float32 [B, 3, H, W], normalised;
+        `mask` bool [B, N], True = masked; `index` int64 [B], positions in the dataset of what is really shown.
+        Raises TooManyBadFiles; NoUsableFile when one sample finds no replacement at all.
+        """
+        producer = _Producer(self, start_update * self.schedule.accumulation)
+        self._producers.add(producer)
+        try:
+            while True:
+                yield self._accept(*producer.next())
+        finally:
+            producer.close()
+
+    def close(self) -> None:
+        """Stop whatever is still being prepared. Iterators of `batches` end with an error if they go on."""
+        for producer in list(self._producers):
+            producer.close()
+        self.readers.close()
+
+    def _accept(self, batch: dict[str, Tensor], asked: list[SampleKey], samples: list[Sample]) -> dict[str, Tensor]:
+        """Count replacements, name newly found bad files, stop when they are too many; adds `index`."""
+        for key, sample in zip(asked, samples, strict=True):
+            self.replaced += key != sample.key
+            self._touched.update([sample.key.index, *(index for index, _ in sample.passed_over)])
+            for index, reason in sample.passed_over:
+                self._note_bad(self.paths[index], reason)
+        self._require_few_bad()
+        index = batch.pop("numbers")[:, 2]
+        return {**batch, "index": index.to(self.spec.device)}
+
+    def _note_bad(self, path: str, reason: str) -> None:
+        if path not in self.bad_files:
+            self.bad_files[path] = reason
+            logger.warning("%s %s; another file is shown in its place", path, reason)
+
+    def _require_few_bad(self) -> None:
+        """The share is taken of the files seen so far, or of the whole list (up to JUDGED_FROM) if that is more."""
+        judged = max(len(self._touched), min(JUDGED_FROM, len(self.paths)))
+        bad = list(self.bad_files.items())
+        if len(bad) <= self.data.max_bad_share * judged:
+            return
+        some = "; ".join(f"{path} {reason}" for path, reason in bad[:3])
+        raise TooManyBadFiles(
+            f"{len(bad)} of {judged} files of {self.data.train} are unusable, more than the share data.max_bad_share "
+            f"{self.data.max_bad_share:g} allows ({some}{'; ...' if len(bad) > 3 else ''}); run `mvd-fast data check "
+            f"{self.data.train}`, which names them all and sets them aside, or raise data.max_bad_share"
+        )
+
+
+def _close(reference: weakref.ref[Loader]) -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()
+
+
+class _Producer:
+    """Runs the pipeline in a thread, from micro batch `step` on, `data.prefetch` batches ahead of the consumer."""
+
+    def __init__(self, loader: Loader, step: int):
+        self._schedule, self._spec = loader.schedule, loader.spec
+        self._readers, self._suspects, self._paths = loader.readers, loader.suspects, loader.paths
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=loader.data.prefetch)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(step,), name="mvd-loader", daemon=True)
+        self._thread.start()
+
+    def next(self) -> tuple[dict[str, Tensor], list[SampleKey], list[Sample]]:
+        """The next batch, the samples it was asked for and those it holds; raises what stopped the thread."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; a consumer that still waits is released with an error."""
+        self._stop.set()
+        while self._thread.is_alive():
+            _drain(self._queue)
+            self._thread.join(timeout=0.05)
+        _drain(self._queue)
+        self._queue.put_nowait(RuntimeError("the loader was closed"))
+
+    def _run(self, step: int) -> None:
+        try:
+            while not self._stop.is_set():
+                step = self._run_pipeline(step)
+        except BaseException as error:  # handed to the consumer, which raises it
+            self._put(error)
+
+    def _run_pipeline(self, first: int) -> int:
+        """Produce from micro batch `first` until told to stop or until DALI fails; returns the step to go on with."""
+        ahead: dict[int, list[Sample]] = {}  # samples inside the pipeline, by step
+
+        def read(iteration: int) -> list[Sample]:
+            ahead[first + iteration] = self._samples(first + iteration)
+            return ahead[first + iteration]
+
+        pipeline = build_pipeline(self._spec, read)
+        step = first
+        while not self._stop.is_set():
+            try:
+                outputs = pipeline.run()
+            except RuntimeError as error:
+                self._suspect_culprits(step, error)
+                break
+            self._put((outputs_to_torch(outputs, self._spec), self._schedule.keys(step), ahead.pop(step)))
+            step += 1
+        return step
+
+    def _samples(self, step: int) -> list[Sample]:
+        return self._readers.samples(self._schedule.keys(step), frozenset(self._suspects))
+
+    def _suspect_culprits(self, step: int, error: RuntimeError) -> None:
+        """Find the files DALI fails on and keep them away from it; raises `error` again when there are none.
+
+        The pipeline works ahead, so the failure may belong to one of the next micro batches.
+        """
+        for ahead in range(PIPELINE_DEPTH + 1):
+            failing = failing_samples(self._spec, self._samples(step + ahead))
+            culprits = {self._paths[index]: reason for index, reason in failing.items()}
+            if culprits.keys() & self._suspects.keys():  # not the decoder's failure
+                break
+            for path, reason in culprits.items():
+                logger.warning("%s: DALI cannot decode it (%s); trying without DALI", path, reason)
+            self._suspects.update(culprits)
+            if culprits:
+                return
+        raise error
+
+    def _put(self, item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+
+def _drain(items: queue.Queue[Any]) -> None:
+    while True:
+        try:
+            items.get_nowait()
+        except queue.Empty:
+            return

@@ -1,0 +1,117 @@
+"""The DALI pipeline: inputs from the source -> decoded, cropped, normalised pixels and tube masks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+
+from mvd_fast.data import dali_plugin
+from mvd_fast.data.kinds import Inputs, Kind
+from mvd_fast.data.source import Sample, to_columns
+
+Reader = Callable[[int], list[Sample]]  # iteration of the pipeline, from 0 -> its samples
+
+PIPELINE_DEPTH = 2  # batches inside the pipeline: one is read while the one before is decoded
+
+# Types and dimensions of what `to_columns` gives, in its order.
+DTYPES = (types.UINT8, types.INT32, types.UINT8, types.BOOL, types.INT32, types.INT32, types.INT64)
+NDIMS = (1, 1, 4, 0, 1, 0, 1)
+LAYOUTS = ("", "", "FHWC", "", "", "", "")
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """What a pipeline is built from, apart from its source."""
+
+    kind: Kind
+    batch: int
+    grid: tuple[int, int, int]
+    mask_ratio: float
+    threads: int
+    device: torch.device
+
+    @property
+    def dali_device(self) -> str:
+        return "gpu" if self.device.type == "cuda" else "cpu"
+
+
+def build_pipeline(spec: PipelineSpec, reader: Reader) -> Pipeline:
+    """A built pipeline whose `run()` gives (pixels, mask, numbers); see `outputs_to_torch`."""
+    dali_plugin.load_plugin()
+
+    def source(iteration: int) -> tuple[list, ...]:  # out here: DALI rewrites what is defined inside a pipeline
+        return to_columns(reader(iteration))
+
+    pipeline = _define(
+        spec,
+        source,
+        batch_size=spec.batch,
+        num_threads=spec.threads,
+        device_id=(spec.device.index or 0) if spec.dali_device == "gpu" else None,
+        prefetch_queue_depth=PIPELINE_DEPTH,
+        enable_conditionals=True,
+        set_affinity=False,
+        exec_dynamic=True,
+    )
+    pipeline.build()
+    return pipeline
+
+
+@pipeline_def
+def _define(spec: PipelineSpec, source: Callable[[int], tuple[list, ...]]):
+    *fields, numbers = fn.external_source(
+        source=source,
+        num_outputs=len(DTYPES),
+        batch=True,
+        dtype=list(DTYPES),
+        ndim=list(NDIMS),
+        layout=list(LAYOUTS),
+    )
+    pixels = spec.kind.graph(Inputs(*fields), spec.dali_device)
+    mask = dali_plugin.tube_mask(numbers, spec.grid, spec.mask_ratio)
+    if spec.dali_device == "gpu":
+        mask = mask.gpu()
+    return pixels, mask, numbers
+
+
+def outputs_to_torch(outputs: tuple, spec: PipelineSpec) -> dict[str, torch.Tensor]:
+    """One `run()`'s outputs as tensors on the device: pixels, `mask` bool [B, N]; `numbers` int64 [B, 3] on the CPU.
+
+    On the CPU nothing is copied: the dynamic executor hands each run's buffers over for good. On a GPU DALI reuses a
+    buffer as soon as Python lets go of it, which may be before torch's stream has read it: there they are copies.
+    """
+    pixels, mask, numbers = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+    if spec.dali_device == "gpu":
+        pixels, mask = pixels.clone(), mask.clone()
+        torch.cuda.current_stream(spec.device).synchronize()
+    return {spec.kind.output: pixels, "mask": mask, "numbers": numbers}
+
+
+def failing_samples(spec: PipelineSpec, samples: list[Sample]) -> dict[int, str]:
+    """Which samples the pipeline fails on: dataset position -> reason. Found by halving, a fresh pipeline each time."""
+    reason = _failure(replace(spec, batch=len(samples)), samples)
+    if reason is None:
+        return {}
+    if len(samples) == 1:
+        return {samples[0].key.index: reason}
+    middle = len(samples) // 2
+    return failing_samples(spec, samples[:middle]) | failing_samples(spec, samples[middle:])
+
+
+def _failure(spec: PipelineSpec, samples: list[Sample]) -> str | None:
+    try:
+        build_pipeline(spec, lambda iteration: samples).run()
+    except RuntimeError as error:
+        return _short_reason(str(error))
+    return None
+
+
+def _short_reason(message: str) -> str:
+    """The sentence inside DALI's report, which names source lines and stack frames around it."""
+    found = re.search(r'Assert on ".*?" failed: *(.*)', message) or re.search(r"\] (.*)", message)
+    return (found.group(1) if found else message.splitlines()[0]).strip().rstrip(".")

@@ -1,0 +1,164 @@
+"""Samples as pure functions of (seed, epoch, position in the dataset), bad files included."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mvd_fast.data import media, sampling
+from mvd_fast.data.kinds import Inputs, Kind
+from mvd_fast.data.sampling import SampleKey
+
+MAX_REPLACEMENTS = 64  # with half of the files bad, running out has a chance of 2^-64
+
+
+class NoUsableFile(ValueError):
+    """One sample and all of its replacements are unusable: practically every file is."""
+
+
+class Sample(NamedTuple):
+    """What the pipeline gets, and how it came about."""
+
+    key: SampleKey  # of what is really shown
+    inputs: Inputs
+    passed_over: tuple[tuple[int, str], ...]  # (dataset position, reason) of bad files met on the way
+
+
+@lru_cache(maxsize=2)  # batches prepared ahead may belong to the next epoch already
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return sampling.epoch_order(seed, epoch, count)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which samples each micro batch holds.
+
+    Update u is in epoch u // updates_per_epoch and takes `size` consecutive entries of that epoch's permutation; they
+    are dealt out by accumulation step, then rank. So every world size sees the same samples in an update.
+    """
+
+    seed: int
+    count: int  # samples in the dataset
+    micro: int
+    accumulation: int
+    rank: int
+    world_size: int
+
+    @property
+    def size(self) -> int:
+        """Samples of one update, over all ranks."""
+        return self.micro * self.accumulation * self.world_size
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return self.count // self.size
+
+    def keys(self, step: int) -> list[SampleKey]:
+        """Samples of this rank's micro batch number `step`, counted from the first update of the run."""
+        update, part = divmod(step, self.accumulation)
+        epoch, update = divmod(update, self.updates_per_epoch)
+        first = update * self.size + (part * self.world_size + self.rank) * self.micro
+        order = _order(self.seed, epoch, self.count)
+        return [SampleKey(self.seed, epoch, int(index)) for index in order[first : first + self.micro]]
+
+
+@dataclass
+class Source:
+    """Turns sample keys into pipeline inputs and replaces what cannot be used.
+
+    A sample is bad when its file is (see `Kind.check`) or when what it needs of the file cannot be decoded. It then
+    gives way to another position of the dataset, found by hashing its own (seed, epoch, index) and the number of the
+    attempt. That depends on the files' contents only, never on when or by whom the damage was found: resumed and
+    differently sharded runs see the same samples.
+    """
+
+    paths: list[str]
+    kind: Kind
+    quarantine: frozenset[str] = frozenset()  # paths set aside before the run
+    _verdicts: dict[str, Any] = field(default_factory=dict)  # path -> facts, or the BadFile that `check` raised
+
+    def sample(self, key: SampleKey, suspects: frozenset[str] = frozenset()) -> Sample:
+        """The sample for `key`, or its replacement. `suspects` are files that DALI failed on: decoded here instead.
+
+        Raises NoUsableFile when MAX_REPLACEMENTS replacements are bad too.
+        """
+        passed_over: list[tuple[int, str]] = []
+        for candidate in _candidates(key, len(self.paths)):
+            path = self.paths[candidate.index]
+            if path in self.quarantine:
+                continue
+            try:
+                return Sample(candidate, self._load(candidate, path not in suspects), tuple(passed_over))
+            except media.BadFile as error:
+                passed_over.append((candidate.index, str(error)))
+        some = "; ".join(f"{self.paths[index]} {reason}" for index, reason in passed_over[:3])
+        raise NoUsableFile(
+            f"{self.paths[key.index]} and the {MAX_REPLACEMENTS} files tried in its place are all unusable"
+            f"{f' ({some}; ...)' if some else ''}; run `mvd-fast data check` on the list to see every reason"
+        )
+
+    def _load(self, key: SampleKey, by_dali: bool) -> Inputs:
+        path = self.paths[key.index]
+        verdict = self._verdicts.get(path)
+        if isinstance(verdict, media.BadFile):
+            raise verdict
+        data = media.read_bytes(path)
+        return self.kind.load(data, verdict or self._check(path, data), key, by_dali)
+
+    def _check(self, path: str, data: np.ndarray) -> Any:
+        """Look at a file for the first time; the verdict is kept."""
+        try:
+            self._verdicts[path] = self.kind.check(data)
+        except media.BadFile as error:
+            self._verdicts[path] = error
+            raise
+        return self._verdicts[path]
+
+
+def _candidates(key: SampleKey, count: int) -> Iterator[SampleKey]:
+    """`key`, then what stands in for it, in order."""
+    yield key
+    for attempt in range(1, MAX_REPLACEMENTS + 1):
+        yield SampleKey(key.seed, key.epoch, sampling.replacement(key, attempt, count))
+
+
+class Readers:
+    """Where samples are read (and partly decoded): threads of this process, or worker processes."""
+
+    def __init__(self, source: Source, threads: int, workers: int):
+        self._sample, self._pool = _pool(source, threads, workers)
+
+    def samples(self, keys: list[SampleKey], suspects: frozenset[str]) -> list[Sample]:
+        """The samples for `keys`, in that order."""
+        return list(self._pool.map(self._sample, keys, [suspects] * len(keys)))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _pool(source: Source, threads: int, workers: int) -> tuple[Any, Executor]:
+    if not workers:
+        return source.sample, ThreadPoolExecutor(threads, thread_name_prefix="mvd-read")
+    context = multiprocessing.get_context("spawn")  # a fork would copy DALI's and CUDA's threads half-alive
+    return _worker_sample, ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(source,))
+
+
+def _start_worker(source: Source) -> None:
+    global _worker_source
+    _worker_source = source
+
+
+def _worker_sample(key: SampleKey, suspects: frozenset[str]) -> Sample:
+    return _worker_source.sample(key, suspects)
+
+
+def to_columns(samples: list[Sample]) -> tuple[list[np.ndarray], ...]:
+    """What `external_source` takes: a list for each field of Inputs, then one of int64 [3] (seed, epoch, index)."""
+    rows = [(*inputs, np.array([key.seed, key.epoch, key.index], dtype=np.int64)) for key, inputs, _ in samples]
+    return tuple(list(column) for column in zip(*rows, strict=True))

@@ -1,0 +1,174 @@
+"""MAE (He et al. 2022, arXiv 2111.06377): the image teacher, and its pre-training by masked pixel reconstruction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvd_fast.config import ModelConfig, TeachersConfig
+
+from .layers import (
+    LN_EPS,
+    block_flops,
+    check_shape,
+    frozen,
+    init_linear,
+    linear_flops,
+    make_blocks,
+    run_blocks,
+)
+from .positions import sincos_2d
+from .tokens import split_mask, take_tokens, tubes
+
+
+class PatchEmbed(nn.Module):
+    """Patches of an image to tokens; a Conv2d with kernel = stride = patch, computed as one matrix product."""
+
+    def __init__(self, embed_dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
+        """images [B, 3, H, W] -> [B, N, D], or [B, M, D] for index int64 [B, M]."""
+        weight = self.proj.weight.flatten(1)
+        pixels = tubes(images[:, :, None], 1, self.patch_size, index).flatten(2)
+        return F.linear(pixels.to(weight.dtype), weight, self.proj.bias)
+
+
+class ImageTeacher(nn.Module):
+    """MAE's encoder as a teacher: images [B, 3, H, W] -> features [B, N, C].
+
+    The cls token takes part and is dropped at the output; no final norm is applied (`norm` is there to hold the
+    checkpoint's). Positions are always the 2-D sin-cos table: a checkpoint's `pos_embed` is ignored.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        drop_path: float = 0.0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        side = image_size // patch_size
+        self.image_size, self.embed_dim = image_size, embed_dim
+        self.grid = (1, side, side)
+        self.recompute = activation_checkpointing
+        self.patch_embed = PatchEmbed(embed_dim, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = frozen(sincos_2d(embed_dim, side, side, cls_token=True))
+        self.blocks = make_blocks(embed_dim, depth, num_heads, drop_path, split_bias=False)
+        self.norm = nn.LayerNorm(embed_dim, eps=LN_EPS)
+        self.register_load_state_dict_pre_hook(_keep_own_positions)
+        self._init()
+
+    def _init(self) -> None:
+        init_linear(self)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def encode(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] -> un-normed tokens [B, 1 + N, C], cls first; only visible int64 [B, Nv] where given."""
+        check_shape("images", images, (3, self.image_size, self.image_size))
+        pos = self.pos_embed[:, 1:]
+        x = self.patch_embed(images, visible) + (pos if visible is None else take_tokens(pos, visible))
+        cls = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+        return run_blocks(self.blocks, x, self.recompute)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images float [B, 3, H, W] (normalised) -> [B, N, C]."""
+        return self.encode(images)[:, 1:]
+
+    def encoder_flops(self, num_tokens: int) -> float:
+        """Forward FLOP per image with `num_tokens` patches (the cls token comes on top)."""
+        embed = linear_flops(num_tokens, self.patch_embed.proj.weight[0].numel(), self.embed_dim)
+        return embed + len(self.blocks) * block_flops(num_tokens + 1, self.embed_dim)
+
+    def flops(self) -> float:
+        """Forward FLOP per image."""
+        return self.encoder_flops(self.grid[1] * self.grid[2])
+
+
+class MaskedAutoencoder(ImageTeacher):
+    """Stage 1 for images: encodes the visible patches, predicts the pixels of the masked ones."""
+
+    input_key = "image"
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        decoder_dim: int,
+        decoder_depth: int,
+        decoder_heads: int,
+        drop_path: float = 0.0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(image_size, patch_size, embed_dim, depth, num_heads, drop_path, activation_checkpointing)
+        side = image_size // patch_size
+        self.decoder_dim, self.patch_size = decoder_dim, patch_size
+        self.decoder_embed = nn.Linear(embed_dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_pos_embed = frozen(sincos_2d(decoder_dim, side, side, cls_token=True))
+        self.decoder_blocks = make_blocks(decoder_dim, decoder_depth, decoder_heads, drop_path, split_bias=False)
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=LN_EPS)
+        self.decoder_pred = nn.Linear(decoder_dim, 3 * patch_size**2)
+        self._init()
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, images: Tensor, mask: Tensor, num_visible: int | None = None) -> Tensor:
+        """images float [B, 3, H, W], mask bool [B, N], True = masked -> pixels of masked patches [B, Nm, p*p*3]."""
+        visible, masked = split_mask(mask, num_visible)
+        x = self.decoder_embed(self.norm(self.encode(images, visible)))
+        cls_pos, pos = self.decoder_pos_embed[:, :1], self.decoder_pos_embed[:, 1:]
+        cls, seen = x[:, :1] + cls_pos, x[:, 1:] + take_tokens(pos, visible)
+        unseen = self.mask_token + take_tokens(pos, masked)
+        x = run_blocks(self.decoder_blocks, torch.cat([cls, seen, unseen], dim=1), self.recompute)
+        return self.decoder_pred(self.decoder_norm(x[:, x.shape[1] - masked.shape[1] :]))
+
+    def targets(
+        self, images: Tensor, masked: Tensor, normalize: bool, mean: Sequence[float], std: Sequence[float]
+    ) -> Tensor:
+        """Pixels of the patches at masked int64 [B, Nm] -> [B, Nm, p*p*3], channels fastest.
+
+        `normalize`: zero mean and unit (unbiased) variance over all values of a patch. MAE works on the normalised
+        image as it is, so `mean` and `std` are not used.
+        """
+        pixels = tubes(images[:, :, None], 1, self.patch_size, masked)  # [B, Nm, 3, 1, p, p]
+        pixels = pixels.float().permute(0, 1, 3, 4, 5, 2).flatten(2)
+        if normalize:
+            variance, center = torch.var_mean(pixels, dim=-1, keepdim=True)
+            pixels = (pixels - center) / (variance + 1e-6).sqrt()
+        return pixels
+
+    def training_flops(self, num_visible: int) -> float:
+        """Forward FLOP per image when `num_visible` patches are seen."""
+        tokens = self.grid[1] * self.grid[2]
+        decoder = linear_flops(num_visible + 1, self.embed_dim, self.decoder_dim)
+        decoder += len(self.decoder_blocks) * block_flops(tokens + 1, self.decoder_dim)
+        decoder += linear_flops(tokens - num_visible, self.decoder_dim, self.decoder_pred.out_features)
+        return self.encoder_flops(num_visible) + decoder
+
+
+def _keep_own_positions(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load hook: position tables in a checkpoint are replaced by the regenerated ones."""
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if prefix + name in state and hasattr(module, name):
+            state[prefix + name] = getattr(module, name).detach()
+
+
+def build(config: ModelConfig, teachers: TeachersConfig) -> MaskedAutoencoder:
+    """The MAE of a stage-1 run."""
+    return MaskedAutoencoder(**config.model_dump(exclude={"kind", "num_frames", "tubelet_size"}))

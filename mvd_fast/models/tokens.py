@@ -1,0 +1,48 @@
+"""Tokens and masks: cutting clips into tubes, splitting a mask into indices, picking rows.
+
+Shapes: B clips, C channels, T frames, H x W pixels; a tube is t x p x p; N tokens, Nv visible, Nm masked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def split_mask(mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, Tensor]:
+    """Indices of a mask, ascending: (visible int64 [B, Nv], masked int64 [B, Nm]).
+
+    mask: bool [B, N], True = masked, the same count in every row. `num_visible` (Nv), where it is known,
+    saves reading the count back from the device; the rows are then taken on trust.
+    """
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise ValueError(f"mask must be bool [B, N], got {mask.dtype} {list(mask.shape)}")
+    if num_visible is None:
+        counts = (~mask).sum(1)
+        num_visible = int(counts[0]) if len(counts) else 0
+        if not bool((counts == num_visible).all()):
+            raise ValueError(f"every row of the mask must leave the same number visible, got {counts.tolist()}")
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, :num_visible], order[:, num_visible:]
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x [B or 1, N, D] at index int64 [B, M] -> [B, M, D]."""
+    x = x.expand(index.shape[0], -1, -1)
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def tubes(video: Tensor, tubelet_size: int, patch_size: int, index: Tensor | None = None) -> Tensor:
+    """Pixels of the tubes of video [B, C, T, H, W] -> [B, M, C, t, p, p].
+
+    All N tubes in token order (time, height, width), or those at index int64 [B, M]; only these are copied.
+    """
+    b, c, frames, height, width = video.shape
+    grid = frames // tubelet_size, height // patch_size, width // patch_size
+    x = video.view(b, c, grid[0], tubelet_size, grid[1], patch_size, grid[2], patch_size)
+    x = x.permute(0, 2, 4, 6, 1, 3, 5, 7)  # [B, gt, gh, gw, C, t, p, p], a view
+    if index is None:
+        return x.flatten(1, 3)
+    space = grid[1] * grid[2]
+    rows = torch.arange(b, device=video.device)[:, None]
+    return x[rows, index // space, index % space // grid[2], index % grid[2]]

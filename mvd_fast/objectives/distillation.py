@@ -1,0 +1,106 @@
+"""Masked feature distillation with spatial-temporal co-teaching (Wang et al. 2023, section 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvd_fast.config import RunConfig
+from mvd_fast.models import build_model
+from mvd_fast.models.layers import LN_EPS
+from mvd_fast.models.tokens import take_tokens
+from mvd_fast.teachers import build_teacher
+
+# Backward costs twice the forward: one product for the input's gradient, one for the weight's.
+FORWARD_AND_BACKWARD = 3
+
+
+class DistillationObjective(nn.Module):
+    """image_weight * SmoothL1(pred_image, T_image[M]) + video_weight * SmoothL1(pred_video, T_video[M]).
+
+    SmoothL1 with beta 1, mean over masked tokens and channels, in float32. Teachers stay frozen and in eval mode.
+    `normalize_targets`: LayerNorm without affine (eps 1e-6) per token on the teachers' features first; off in every
+    released recipe. A teacher whose weight is 0 is not run.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        image_teacher: nn.Module,
+        video_teacher: nn.Module,
+        image_weight: float = 1.0,
+        video_weight: float = 1.0,
+        normalize_targets: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = student
+        self.grid, self.tubelet_size = student.grid, student.tubelet_size
+        self.image_teacher = image_teacher.eval().requires_grad_(False)
+        self.video_teacher = video_teacher.eval().requires_grad_(False)
+        self.image_weight, self.video_weight = image_weight, video_weight
+        self.normalize_targets = normalize_targets
+        self.num_visible: int | None = None  # set by build(): spares a device synchronisation per step
+
+    def train(self, mode: bool = True) -> DistillationObjective:
+        self.training = mode
+        self.model.train(mode)
+        return self
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: `video` float [B, 3, T, H, W] (normalised), `mask` bool [B, N], True = masked.
+
+        Returns scalars `loss`, `loss_image`, `loss_video` (the parts unweighted).
+        """
+        video, mask = batch["video"], batch["mask"]
+        with torch.inference_mode():
+            targets = self.targets(video)
+        predictions = self.model(video, mask, self.num_visible)
+        masked = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, mask.shape[1] - predictions[0].shape[1] :]
+        loss_image, loss_video = (
+            F.smooth_l1_loss(prediction.float(), take_tokens(target, masked).float())
+            if target is not None
+            else prediction.new_zeros((), dtype=torch.float32)
+            for prediction, target in zip(predictions, targets, strict=True)
+        )
+        loss = self.image_weight * loss_image + self.video_weight * loss_video
+        return {"loss": loss, "loss_image": loss_image, "loss_video": loss_video}
+
+    def targets(self, video: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Both teachers' features at every token: ([B, N, C_image], [B, N, C_video]); None where the weight is 0."""
+        image = self._frame_features(video) if self.image_weight else None
+        clip = self.video_teacher(video) if self.video_weight else None
+        if self.normalize_targets:
+            image, clip = (x if x is None else F.layer_norm(x.float(), x.shape[-1:], eps=LN_EPS) for x in (image, clip))
+        return image, clip
+
+    def _frame_features(self, video: Tensor) -> Tensor:
+        """The image teacher on the first frame of each tubelet, resized where it expects another size."""
+        frames = video[:, :, :: self.tubelet_size].transpose(1, 2).flatten(0, 1)  # [B * T', 3, H, W]
+        size = self.image_teacher.image_size
+        if frames.shape[-1] != size:
+            frames = F.interpolate(frames, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        return self.image_teacher(frames).unflatten(0, (len(video), -1)).flatten(1, 2)
+
+    def flops(self) -> float:
+        """FLOP of one clip's training step: both teachers forward, the student forward and backward."""
+        assert self.num_visible is not None, "set by build()"
+        student = getattr(self.model, "module", self.model)
+        teachers = self.grid[0] * self.image_teacher.flops() * bool(self.image_weight)
+        teachers += self.video_teacher.flops() * bool(self.video_weight)
+        return teachers + FORWARD_AND_BACKWARD * student.flops(self.num_visible)
+
+
+def build(config: RunConfig) -> DistillationObjective:
+    """The student of the run, fresh, and its teachers, loaded from their checkpoints."""
+    assert config.teachers.image is not None and config.teachers.video is not None, "checked when the config is loaded"
+    objective = DistillationObjective(
+        build_model(config.model, config.teachers),
+        build_teacher(config.teachers.image, config.model),
+        build_teacher(config.teachers.video, config.model),
+        image_weight=config.objective.image_weight,
+        video_weight=config.objective.video_weight,
+        normalize_targets=config.objective.normalize_targets,
+    )
+    objective.num_visible = config.num_visible
+    return objective

@@ -1,0 +1,20 @@
+"""Frozen teachers. One file per kind; `teachers.*.kind` in a config names the file whose `build` makes it.
+
+`build(config, model)` returns a module in eval mode with `image_size`, `embed_dim`, `flops()` and a forward that gives
+one feature per token of the student: images [B, 3, H, W] -> [B, H' W', C] in the image role, clips
+[B, 3, T, H, W] -> [B, N, C] in the video role.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from torch import nn
+
+from mvd_fast.config import ModelConfig, TeacherConfig
+
+
+def build_teacher(config: TeacherConfig, model: ModelConfig) -> nn.Module:
+    """The teacher with its weights loaded, float32, eval mode, no gradients."""
+    teacher = import_module(f"mvd_fast.teachers.{config.kind}").build(config, model)
+    return teacher.eval().requires_grad_(False)

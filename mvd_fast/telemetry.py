@@ -1,0 +1,177 @@
+"""What a run says while it goes: one progress line, JSONL, TensorBoard, time per phase, share of the machine's peak."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from .checkpoint import write_text
+
+log = logging.getLogger(__name__)
+
+# Seconds between two lines where there is no terminal to redraw.
+QUIET_INTERVAL = 20.0
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a square matrix product in `dtype`: the best of a few runs, what the machine can reach."""
+    size = size if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PhaseTimer:
+    """Seconds spent in named phases since the last `collect`.
+
+    On CUDA phases are bracketed by events, read only when collected; on the CPU by the clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self._mark()
+        yield
+        self._spans.append((name, start, self._mark()))
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        """Times every forward pass of a module."""
+        starts: list[Any] = []
+        module.register_forward_pre_hook(lambda *_: starts.append(self._mark()))
+        module.register_forward_hook(lambda *_: self._spans.append((name, starts.pop(), self._mark())))
+
+    def collect(self) -> dict[str, float]:
+        """Seconds per phase; waits for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = defaultdict(float)
+        for name, start, end in self._spans:
+            totals[name] += start.elapsed_time(end) / 1000 if self.cuda else end - start
+        self._spans.clear()
+        return dict(totals)
+
+
+class RunLog:
+    """JSONL and TensorBoard, both cut back to `start_update` when a run resumes, so that no update is told twice."""
+
+    def __init__(self, run_dir: Path, start_update: int, tensorboard: bool) -> None:
+        self.path = run_dir / "log.jsonl"
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _update_of(line) <= start_update]
+            write_text(self.path, "".join(line + "\n" for line in kept))
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_update + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line of JSONL; its numbers (one level of nesting) to TensorBoard."""
+        self._file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in _numbers(record):
+                self._board.add_scalar(name, value, record["update"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The records of a run's log, in order."""
+    path = Path(run_dir) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _update_of(line: str) -> float:
+    try:
+        return json.loads(line)["update"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a crash: dropped
+
+
+def _numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "update":
+            yield prefix + name, value
+
+
+class ProgressLine:
+    """One bar with ETA where there is a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, title: str, total: int, done: int, enabled: bool) -> None:
+        self._console = Console(stderr=True)
+        self._live = enabled and self._console.is_terminal
+        self._plain = enabled and not self._live
+        self._last, self._done, self._total, self._title = 0.0, done, total, title
+        self._start, self._first = time.monotonic(), done
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> ProgressLine:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def advance(self, note: str | None = None) -> None:
+        self._done += 1
+        self._bar.advance(self._task)
+        if note is not None:
+            self._bar.update(self._task, note=note)
+            self._maybe_print(note)
+
+    def _maybe_print(self, note: str) -> None:
+        now = time.monotonic()
+        if self._plain and (now - self._last > QUIET_INTERVAL or self._done == self._total):
+            self._last = now
+            pace = (now - self._start) / max(1, self._done - self._first)
+            left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - self._done)))
+            self._console.print(f"{self._title} {self._done}/{self._total} eta {left} {note}", highlight=False)

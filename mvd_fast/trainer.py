@@ -1,0 +1,309 @@
+"""The training loop: fetch -> forward and backward -> step -> log, on DeepSpeed's engine, resumable at any update."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import checkpoint
+from .config import RunConfig
+from .config_file import check_batch, save_config
+from .data import build_loader
+from .objectives import build_objective
+from .optim import build_optimizer, learning_rate, set_lr
+from .telemetry import PhaseTimer, ProgressLine, RunLog, measure_peak
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or NaN; the update was not made."""
+
+
+class Trainer:
+    """One run of one config on this rank. `fit()` trains to the end of the schedule, or to SIGTERM."""
+
+    def __init__(self, config: RunConfig, resume: str = "auto") -> None:
+        """resume: "auto" (the newest valid checkpoint of the run, if any), "never", or a checkpoint's path."""
+        self.config = config
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.run_dir = Path(config.output_dir)
+        self.micro, self.accumulation = check_batch(config, self.world_size)
+        self.device = torch.device(deepspeed.get_accelerator().current_device_name())
+        start = self._find_start(resume)
+        self.loader = build_loader(config, self.rank, self.world_size, self.device, self.micro, self.accumulation)
+        self.per_epoch = self.loader.updates_per_epoch
+        self.total = config.optim.epochs * self.per_epoch
+        self._build_engine()
+        self.update = checkpoint.load(self.engine, start, config.precision) if start else 0
+        self.timer = PhaseTimer(self.device)
+        self._watch_phases()
+        self._stop = StopSignal(self.world_size)
+
+    def _find_start(self, resume: str) -> Path | None:
+        """Rank 0 verifies, the others follow."""
+        found: list[Path | None] = [None]
+        if self.rank == 0 and resume == "auto":
+            found[0] = checkpoint.newest_valid(self.run_dir)
+        elif self.rank == 0 and resume != "never":
+            checkpoint.verify(Path(resume))
+            found[0] = Path(resume)
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def _build_engine(self) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.objective = build_objective(config)
+        network = self.objective.model
+        # Frozen tables would be rounded to the engine's precision; exports take them from here.
+        self._tables = {n: p.detach().clone() for n, p in network.named_parameters() if not p.requires_grad}
+        self.engine, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=build_optimizer(network, config.optim),
+            config=deepspeed_config(config, self.micro, self.accumulation),
+        )
+        self.engine.checkpoint_engine = checkpoint.SafeTorchEngine(self.engine._config)
+        self.objective.to(self.device)
+        for name, child in self.objective.named_children():
+            if name != "model":  # teachers: in the run's precision, outside the engine
+                child.to(DTYPES[config.precision])
+        self.objective.model = self.engine
+
+    def _watch_phases(self) -> None:
+        for name, child in self.objective.named_children():
+            self.timer.watch(name if name != "model" else "forward", child)
+
+    def fit(self) -> bool:
+        """Trains; returns whether the schedule was finished (False: stopped by SIGTERM after saving)."""
+        config, lead = self.config, self.rank == 0
+        if lead:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.run_dir / "config.json")
+        self.run_log = RunLog(self.run_dir, self.update, config.log.tensorboard) if lead else None
+        self.peak = measure_peak(self.device, DTYPES[config.precision]) if lead else 0.0
+        self.objective.train()
+        try:
+            with ProgressLine(config.name, self.total, self.update, enabled=lead) as self.progress:
+                finished = self._loop()
+            if finished:
+                self._export()
+            return finished
+        finally:
+            self._summarise_bad_files()
+            self.loader.close()
+            if self.run_log:
+                self.run_log.close()
+
+    def _loop(self) -> bool:
+        batches = self.loader.batches(self.update)
+        self._window_start, self._window_first = time.perf_counter(), self.update
+        while self.update < self.total:
+            set_lr(self.engine.optimizer, self._lr())
+            last = self.update + 1 == self.total
+            logged = last or (self.update + 1) % self.config.log.every == 0
+            parts = [self._micro_step(batches, number, logged) for number in range(self.accumulation)]
+            self.update += 1
+            if logged:
+                self._log(parts)
+            else:
+                self.progress.advance()
+            stop = self._stop.requested() and not last
+            if stop or last or self._is_save_due():
+                self._save()
+            if stop:
+                return False
+        return True
+
+    def _lr(self) -> float:
+        return learning_rate(self.update, self.per_epoch, self.config.optim, self.config.batch.size)
+
+    def _micro_step(self, batches: Any, number: int, logged: bool) -> dict[str, Tensor]:
+        with self.timer.phase("data"):
+            batch = next(batches)
+        # Drop path is a function of (seed, update, micro batch, rank): a resumed run draws the same.
+        torch.manual_seed(hash((self.config.seed, self.update, number, self.rank)) % 2**63)
+        out = self.objective(batch)
+        guard = LossGuard(out["loss"])
+        with self.timer.phase("backward"):
+            self.engine.backward(out["loss"])
+        if not guard.is_finite():
+            self._stop_non_finite(guard.value, batch)
+        if logged and number + 1 == self.accumulation:
+            self._norm = local_gradient_norm(self.engine)
+        with self.timer.phase("optimizer"):
+            self.engine.step()
+        return {name: value.detach() for name, value in out.items()}
+
+    def _stop_non_finite(self, value: float, batch: dict[str, Tensor]) -> None:
+        good = checkpoint.newest_valid(self.run_dir)
+        raise NonFiniteLossError(
+            f"loss is {value} at update {self.update} on rank {self.rank}; the update was not made. "
+            f"Samples: {', '.join(self.loader.names(batch['index']))}. Last good checkpoint: {good or 'none yet'}. "
+            "Look at these files, or resume with a lower optim.base_lr or precision fp32."
+        )
+
+    def _is_save_due(self) -> bool:
+        every = self.config.checkpoint.every_updates or self.per_epoch
+        return self.update % every == 0
+
+    def _save(self) -> Path:
+        with self.timer.phase("checkpoint"):
+            weights = full_weights(self.engine, self._tables)
+            keep, precision = self.config.checkpoint.keep_last, self.config.precision
+            return checkpoint.save(self.engine, weights, self.run_dir, self.update, precision, keep)
+
+    def _export(self) -> None:
+        """The trained network's weights, where the next stage looks for them."""
+        weights = full_weights(self.engine, self._tables)
+        if self.rank == 0:
+            checkpoint.write_weights(weights, self.run_dir / checkpoint.WEIGHTS)
+
+    def _log(self, parts: list[dict[str, Tensor]]) -> None:
+        losses = {k: torch.stack([p[k].float() for p in parts]).mean() for k in parts[0]}
+        mean = torch.stack(list(losses.values()))
+        if self.world_size > 1:
+            dist.all_reduce(mean)
+            mean /= self.world_size
+        norm = self.engine.get_global_grad_norm() if self._norm is None else self._norm
+        phases = self.timer.collect()
+        now = time.perf_counter()
+        seconds, updates = now - self._window_start, self.update - self._window_first
+        self._window_start, self._window_first = now, self.update
+        clips = updates * self.config.batch.size
+        record = {
+            "update": self.update,
+            "epoch": self.update / self.per_epoch,
+            **dict(zip(losses, mean.tolist(), strict=True)),
+            "lr": learning_rate(self.update - 1, self.per_epoch, self.config.optim, self.config.batch.size),
+            "grad_norm": None if norm is None else float(norm),
+            "clips_per_second": clips / seconds,
+            "data_wait_share": phases.get("data", 0.0) / seconds,
+            "seconds": seconds,
+            "phase_seconds": phases,
+            "skipped_updates": self.engine.skipped_steps,
+            "bad_files": len(self.loader.bad_files),
+            "replaced_samples": self.loader.replaced,
+        }
+        if self.rank == 0:
+            flops = clips / self.world_size * self.objective.flops()
+            record["model_flop_utilisation"] = flops / seconds / self.peak
+            record["peak_flops"] = self.peak
+            self.run_log.write(record)
+        self.progress.advance(_note(record))
+
+    def _summarise_bad_files(self) -> None:
+        if self.loader.bad_files:
+            names = "\n".join(f"  {path}: {reason}" for path, reason in sorted(self.loader.bad_files.items()))
+            log.warning(
+                "rank %d replaced %d samples of %d bad files:\n%s",
+                self.rank, self.loader.replaced, len(self.loader.bad_files), names,
+            )  # fmt: skip
+
+
+class LossGuard:
+    """Looks at a loss before the update without idling the device.
+
+    The copy to the host is queued behind the forward pass; by the time it is read the backward pass is queued
+    too, so that waiting for it leaves the device busy.
+    """
+
+    def __init__(self, loss: Tensor) -> None:
+        self._event = None
+        self._host = loss.detach()
+        if loss.device.type == "cuda":
+            self._host = torch.empty_like(self._host, device="cpu", pin_memory=True)
+            self._host.copy_(loss.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    @property
+    def value(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._host)
+
+    def is_finite(self) -> bool:
+        return abs(self.value) < float("inf")
+
+
+class StopSignal:
+    """SIGTERM, agreed on by all ranks at the same update.
+
+    The agreement of one update is fetched at the next, so that nobody waits for it.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._received = False
+        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._pending: tuple[Any, Tensor] | None = None
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, *_: Any) -> None:
+        self._received = True
+
+    def requested(self) -> bool:
+        """Whether to stop now; every rank gets the same answer. Called once per update."""
+        if self._group is None:
+            return self._received
+        agreed = False
+        if self._pending is not None:
+            work, flag = self._pending
+            work.wait()
+            agreed = bool(flag.item())
+        flag = torch.tensor(int(self._received))
+        self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
+        return agreed
+
+
+def deepspeed_config(config: RunConfig, micro: int, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's own config: the run's `deepspeed` block plus what the run's fields decide."""
+    return {
+        # ZeRO-Offload with torch's AdamW is the user's choice, not an error.
+        "zero_force_ds_cpu_optimizer": False,
+        **copy.deepcopy(config.deepspeed),
+        "train_batch_size": config.batch.size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip_grad,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "steps_per_print": None,
+    }
+
+
+def local_gradient_norm(engine: Any) -> Tensor | None:
+    """The gradient norm before the step, where DeepSpeed does not compute it itself (ZeRO 0 in fp32)."""
+    if hasattr(engine.optimizer, "_global_grad_norm"):
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def full_weights(engine: Any, tables: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network's float32 state dict from the optimiser's master weights, on the CPU (collective)."""
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        value = tables[name] if name in tables else master_weight(parameter)
+        weights[name] = value.detach().float().cpu().contiguous().clone()
+    return weights
+
+
+def master_weight(parameter: torch.nn.Parameter) -> Tensor:
+    """The float32 value behind a parameter: the optimiser's master copy, or the parameter where it is its own."""
+    full = deepspeed.utils.safe_get_full_fp32_param(parameter)
+    return parameter if full is None else full
+
+
+def _note(record: dict[str, Any]) -> str:
+    losses = " ".join(f"{k} {record[k]:.4f}" for k in record if k.startswith("loss"))
+    return f"{losses}  {record['clips_per_second']:.0f} clips/s  waits for data {record['data_wait_share']:.0%}"

@@ -1,0 +1,163 @@
+"""The command line: what reaches which module, how errors look, and that asking for help costs nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+from mvd_fast import cli, config_checks
+from mvd_fast.config_file import add_train_arguments, config_from_arguments, load_config
+
+ALL_KINDS = ["distillation", "frame", "image", "mae", "pixel", "student", "video", "videomae"]
+
+
+@pytest.fixture(autouse=True)
+def fixed_kinds(monkeypatch):
+    monkeypatch.setattr(config_checks, "available_kinds", lambda registry: ALL_KINDS)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stand-ins for the modules behind the subcommands; what they were called with, by name."""
+    calls: dict[str, object] = {}
+    for name in ("train", "doctor", "demo", "data", "data.check"):
+        module = types.ModuleType(f"mvd_fast.{name}")
+        module.main = lambda *argv, name=name: calls.setdefault(name, argv) and None
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import sys
+from mvd_fast import cli
+try:
+    cli.main(["--help"])
+except SystemExit as stop:
+    assert not stop.code
+print("heavy:", sorted({"torch", "pydantic", "numpy", "deepspeed", "nvidia"} & set(sys.modules)))
+"""
+    done = run_python(code)
+    assert done.returncode == 0 and done.stdout.endswith("heavy: []\n"), done.stderr
+    assert all(f"  {name} " in done.stdout for name in cli.COMMANDS)
+
+
+def test_config_show_does_not_import_torch():
+    code = """
+import sys
+from mvd_fast import cli
+cli.main(["config", "show", "no-such-recipe"])
+raise SystemExit("torch" in sys.modules)
+"""
+    done = run_python(code)
+    assert done.returncode == 0
+    assert done.stderr.startswith("mvd-fast: error: config no-such-recipe does not exist")
+
+
+@pytest.mark.parametrize(
+    "argv, name, received",
+    [
+        (["train", "--config", "vitl", "--set", "seed=1"], "train", (["--config", "vitl", "--set", "seed=1"],)),
+        (["train", "--help"], "train", (["--help"],)),
+        (["doctor"], "doctor", ()),
+        (["demo"], "demo", (["--size", "full", "--out", "runs/demo", "--seed", "0"],)),
+        (["demo", "--size", "quick", "--out", "d"], "demo", (["--size", "quick", "--out", "d", "--seed", "0"],)),
+        (["data", "check", "a b.txt", "--root", "/d"], "data.check", (["a b.txt", "--root", "/d"],)),
+    ],
+)
+def test_subcommand_reaches_its_module(calls, argv, name, received):
+    assert cli.main(argv) == 0
+    assert calls == {name: received}
+
+
+def test_status_of_the_module_is_passed_on(calls, monkeypatch):
+    monkeypatch.setattr(sys.modules["mvd_fast.train"], "main", lambda argv: 3)
+    assert cli.main(["train"]) == 3
+
+
+def test_value_error_is_one_line_without_traceback(calls, monkeypatch, capsys):
+    def refuse(argv):
+        raise ValueError("batch.size 7 does not fit")
+
+    monkeypatch.setattr(sys.modules["mvd_fast.train"], "main", refuse)
+    assert cli.main(["train"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == "mvd-fast: error: batch.size 7 does not fit\n" and shown.out == ""
+
+
+def test_other_errors_keep_their_traceback(calls, monkeypatch):
+    def fail(argv):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(sys.modules["mvd_fast.train"], "main", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        cli.main(["train"])
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["trian"], "unknown subcommand 'trian', did you mean 'train'?"),
+        (["zzz"], "unknown subcommand 'zzz'; there are: train, demo"),
+        (["config", "shwo"], "unknown subcommand of config 'shwo', did you mean 'show'?"),
+        (["data", "chekc"], "unknown subcommand of data 'chekc', did you mean 'check'?"),
+    ],
+)
+def test_unknown_subcommand_names_the_nearest(argv, said, capsys):
+    assert cli.main(argv) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_bad_option_exits_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--size", "huge"])
+    assert stop.value.code == 2 and "invalid choice" in capsys.readouterr().err
+
+
+def test_config_show_prints_what_loads_equal(tmp_path, capsys):
+    assert cli.main(["config", "show", "vitl", "--set", "optim.epochs=100", "--set", "name=short"]) == 0
+    shown = capsys.readouterr().out
+    assert json.loads(shown)["optim"]["epochs"] == 100 and "extends" not in json.loads(shown)
+    (tmp_path / "shown.json").write_text(shown)
+    assert load_config(str(tmp_path / "shown.json")) == load_config("vitl", ["optim.epochs=100", "name=short"])
+
+
+def test_config_list_has_one_line_for_each_recipe(capsys):
+    assert cli.main(["config", "list"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["vits_from_vitl"].startswith("student 384/12/6 <- image 1024/24, video 1024/24; 224 px x 16 frames")
+    assert lines["mae_vith"].endswith("224 px; batch 4096, 800 epochs") and "demo/student" in lines
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    name, version = capsys.readouterr().out.split(maxsplit=1)
+    assert name == "mvd-fast" and version.strip()
+
+
+def test_no_argument_shows_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == 0 and "COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rank", [[], ["--local_rank=1"], ["--local-rank", "1"]])
+def test_train_arguments(rank):
+    parser = argparse.ArgumentParser()
+    add_train_arguments(parser)
+    given = ["--config", "vitl", "--set", "seed=4", "--set", "name=x", "--run-dir", "runs/7", *rank]
+    arguments = parser.parse_args(given)
+    assert arguments.resume == "auto"
+    config = config_from_arguments(arguments)
+    assert (config.seed, config.name, config.output_dir) == (4, "x", "runs/7")
+    assert "local" not in parser.format_help()
+    assert config_from_arguments(parser.parse_args(["--config", "vitl"])) == load_config("vitl")

@@ -1,0 +1,419 @@
+"""Configs: every recipe against the tables of the papers, and every way to get one wrong against its sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mvd_fast import config_checks, config_file
+from mvd_fast.config_file import (
+    ConfigError,
+    check_batch,
+    list_recipes,
+    load_config,
+    missing_files,
+    save_config,
+)
+
+KINDS = {
+    "models": ["mae", "student", "videomae"],
+    "teachers": ["mae", "videomae"],
+    "objectives": ["distillation", "pixel"],
+    "data/kinds": ["frame", "image", "video"],
+}
+CONFIGS = Path(__file__).parents[1] / "configs"
+SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16)}
+
+
+@pytest.fixture(autouse=True)
+def fixed_kinds(monkeypatch):
+    monkeypatch.setattr(config_checks, "available_kinds", KINDS.__getitem__)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, content: object) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return write
+
+
+def refusal(config: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config, overrides)
+    return str(caught.value)
+
+
+# name: student, teachers, decoder depth/width/heads, batch, peak lr, min lr, drop path, epochs (MVD, CVPR 2023)
+MVD_TABLE = {
+    "vits_from_vitb": ("s", "b", (2, 384, 6), 1024, 6e-4, 4e-4, 0.1, 400),
+    "vits_from_vitl": ("s", "l", (2, 384, 6), 1024, 6e-4, 4e-4, 0.1, 400),
+    "vitb_from_vitb": ("b", "b", (2, 768, 12), 1024, 6e-4, 4e-4, 0.1, 400),
+    "vitb_from_vitl": ("b", "l", (2, 768, 12), 1024, 6e-4, 4e-4, 0.1, 400),
+    "vitl": ("l", "l", (4, 512, 8), 512, 3e-4, 2e-4, 0.1, 400),
+    "vitl_800e": ("l", "l", (4, 512, 8), 512, 3e-4, 2e-5, 0.1, 800),
+    "vith": ("h", "h", (8, 640, 8), 512, 3e-4, 2e-5, 0.2, 800),
+}
+# name: size, decoder depth/width/heads, patch, batch, peak lr, min lr, mask ratio
+STAGE_1_TABLE = {
+    "mae_vits": ("s", (8, 512, 16), 16, 4096, 2.4e-3, 0.0, 0.75),
+    "mae_vitb": ("b", (8, 512, 16), 16, 4096, 2.4e-3, 0.0, 0.75),
+    "mae_vitl": ("l", (8, 512, 16), 16, 4096, 2.4e-3, 0.0, 0.75),
+    "mae_vith": ("h", (8, 512, 16), 14, 4096, 2.4e-3, 0.0, 0.75),
+    "videomae_vits": ("s", (4, 192, 3), 16, 1024, 6e-4, 4e-5, 0.9),
+    "videomae_vitb": ("b", (4, 384, 6), 16, 2048, 1.2e-3, 8e-5, 0.9),
+    "videomae_vitl": ("l", (12, 512, 8), 16, 512, 3e-4, 2e-5, 0.9),
+    "videomae_vith": ("h", (12, 640, 8), 16, 1024, 6e-4, 4e-5, 0.9),
+}
+
+
+def scaled(config, rate: float) -> float:
+    return rate * config.batch.size / 256
+
+
+def encoder(part) -> tuple[int, int, int]:
+    return part.embed_dim, part.depth, part.num_heads
+
+
+def decoder(model) -> tuple[int, int, int]:
+    return model.decoder_depth, model.decoder_dim, model.decoder_heads
+
+
+@pytest.mark.parametrize("name", MVD_TABLE)
+def test_mvd_recipe_equals_table(name):
+    student, teacher, decoder_shape, batch, peak, low, drop_path, epochs = MVD_TABLE[name]
+    config = load_config(name)
+    assert config.name == name and config.output_dir == f"runs/{name}"
+    assert encoder(config.model) == SIZES[student] and decoder(config.model) == decoder_shape
+    assert encoder(config.teachers.image) == encoder(config.teachers.video) == SIZES[teacher]
+    assert config.batch.size == batch and config.optim.epochs == epochs and config.model.drop_path == drop_path
+    assert scaled(config, config.optim.base_lr) == pytest.approx(peak, rel=1e-12)
+    assert scaled(config, config.optim.base_min_lr) == pytest.approx(low, rel=1e-12)
+    assert config.model.activation_checkpointing == (name == "vith")
+    image = config.teachers.image
+    assert (image.patch_size, image.image_size) == ((14, 196) if teacher == "h" else (16, 224))
+    assert config.objective.kind == "distillation" and not config.objective.normalize_targets
+    assert (config.objective.image_weight, config.objective.video_weight) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", STAGE_1_TABLE)
+def test_stage_1_recipe_equals_table(name):
+    size, decoder_shape, patch, batch, peak, low, ratio = STAGE_1_TABLE[name]
+    config = load_config(name)
+    model, data = config.model, config.data
+    assert config.name == name and model.kind == name.split("_")[0]
+    assert encoder(model) == SIZES[size] and decoder(model) == decoder_shape and model.patch_size == patch
+    assert config.batch.size == batch and data.mask_ratio == ratio and config.optim.epochs == 800
+    assert scaled(config, config.optim.base_lr) == pytest.approx(peak, rel=1e-12)
+    assert scaled(config, config.optim.base_min_lr) == pytest.approx(low, rel=1e-12)
+    assert config.objective.kind == "pixel" and config.objective.normalize_pixels and model.drop_path == 0.0
+    if model.kind == "mae":
+        assert (data.kind, data.crop, data.area, data.flip) == ("image", "random_resized", (0.2, 1.0), 0.5)
+        assert model.grid == (1, 224 // patch, 224 // patch)
+
+
+@pytest.mark.parametrize("name", [*MVD_TABLE, *STAGE_1_TABLE])
+def test_recipes_share_optimiser_and_clip(name):
+    config = load_config(name)
+    optim, data = config.optim, config.data
+    assert (optim.betas, optim.eps, optim.weight_decay, optim.clip_grad) == ((0.9, 0.95), 1e-8, 0.05, 0.0)
+    assert optim.warmup_epochs == 40 and optim.warmup_lr == 0.0
+    assert config.precision == "bf16" and config.deepspeed == {"zero_optimization": {"stage": 1}}
+    if config.model.kind != "mae":
+        assert config.model.grid == (8, 14, 14) and data.sampling_rate == 4
+        assert (data.kind, data.crop, data.scales, data.flip) == ("video", "multiscale", (1, 0.875, 0.75, 0.66), 0.0)
+        assert data.mask_ratio == 0.9
+
+
+def test_tables_name_every_recipe_and_every_recipe_loads():
+    recipes = list_recipes()
+    assert {name for name in recipes if "/" not in name} == {*MVD_TABLE, *STAGE_1_TABLE}
+    assert {"demo/image_teacher", "demo/video_teacher", "demo/student"} <= set(recipes)
+    for name, path in recipes.items():
+        assert load_config(name) == load_config(str(path))
+
+
+def test_recipe_is_found_by_name_and_inside_the_package(tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("vitl.json") == load_config("vitl") == load_config(str(CONFIGS / "vitl.json"))
+    installed = tmp_path / "site" / "configs"
+    write("site/configs/mine.json", json.loads(load_config("vitl", ["name=mine"]).model_dump_json()))
+    monkeypatch.setattr(config_file, "RECIPE_FOLDERS", (installed, tmp_path / "nowhere"))
+    assert load_config("mine").name == "mine" and list(list_recipes()) == ["mine"]
+
+
+def test_missing_file_names_nearest_recipe():
+    assert "configs/vitll.json does not exist, did you mean 'vitl'?" in refusal("configs/vitll.json")
+    assert "the recipes are" in refusal("zzzzzz") and "vitb_from_vitl" in refusal("zzzzzz")
+
+
+def test_extends_merges_in_order(write):
+    write("parts/a.json", {"extends": "vitl", "optim": {"epochs": 50}, "data": {"scales": [1.0, 0.5]}})
+    write("parts/b.json", {"optim": {"epochs": 60}, "deepspeed": {"zero_optimization": {"stage": 2}}})
+    run = write("run.json", {"extends": ["parts/a.json", "parts/b"], "name": "run", "data": {"scales": [0.7]}})
+    config = load_config(run)
+    assert config.optim.epochs == 60 and config.optim.base_min_lr == 1e-4  # objects merge ...
+    assert config.data.scales == (0.7,) and config.deepspeed["zero_optimization"] == {"stage": 2}  # ... lists replace
+
+
+def test_extends_refuses_cycles_and_nonsense(write):
+    write("a.json", {"extends": "b.json"})
+    first = write("b.json", {"extends": "a.json"})
+    assert "extends itself: b.json -> a.json -> b.json" in refusal(first)
+    assert "extends: got 3; it must be a file name" in refusal(write("c.json", {"extends": 3}))
+    assert "d.json: extends: config lost.json does not exist" in refusal(write("d.json", {"extends": "lost.json"}))
+
+
+def test_extends_twice_the_same_base_is_no_cycle(write):
+    write("left.json", {"extends": "vitl", "seed": 1})
+    write("right.json", {"extends": "vitl"})
+    assert load_config(write("run.json", {"extends": ["left.json", "right.json"]})).seed == 1
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"name": "x",\n  "seed": 1,}', "line 2, column"),
+        ('{"seed": 1, "seed": 2}', "'seed' stands twice"),
+        ('{"seed": NaN}', "NaN is not a number"),
+        ("[1]", "must hold one JSON object"),
+    ],
+)
+def test_bad_json_is_located(write, text, said):
+    assert said in refusal(write("run.json", text))
+
+
+def test_not_utf8_is_refused(tmp_path):
+    (tmp_path / "run.json").write_bytes(b'{"name": "\xff"}')
+    assert "is not valid JSON" in refusal(str(tmp_path / "run.json"))
+
+
+def test_overrides_are_json_or_strings():
+    overrides = ["optim.epochs=7", "optim.warmup_epochs=1", "name=my run", "batch.micro=null", "data.scales=[1, 0.5]"]
+    config = load_config("vitl", [*overrides, 'run_dir="7"', 'deepspeed={"dump_state": true}', "data.root=a=b"])
+    assert (config.optim.epochs, config.name, config.batch.micro) == (7, "my run", None)
+    assert (config.data.scales, config.run_dir, config.data.root) == ((1.0, 0.5), "7", "a=b")
+    assert config.deepspeed == {"dump_state": True}  # an object replaces what was there
+
+
+@pytest.mark.parametrize("override", ["epochs", "=3", "optim.=3", ".epochs=3"])
+def test_override_without_key_or_value(override):
+    assert "--set takes KEY=VALUE" in refusal("vitl", override)
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("model.dept=3", "model.dept: unknown key, did you mean 'depth'? valid here: kind, image_size"),
+        ("epochs=3", "epochs: unknown key, did you mean 'optim.epochs'?"),
+        ("model.zzz=3", "model.zzz: unknown key; valid here: kind"),
+        ("teachers.image.widht=3", "teachers.image.widht: unknown key"),
+        ("model.depth=twelve", 'model.depth: got "twelve"; it must be a whole number'),
+        ('model.depth="12"', 'model.depth: got "12"; it must be a whole number'),
+        ("model.depth=12.5", "model.depth: got 12.5; it must be a whole number"),
+        ("model.depth=0", "model.depth: got 0; it must be greater than 0"),
+        ("data.mask_ratio=1.5", "data.mask_ratio: got 1.5; it must be less than 1"),
+        ("log.tensorboard=1", "log.tensorboard: got 1; it must be true or false"),
+        ("name=3", "name: got 3; it must be a string"),
+        ("optim=3", "optim: got 3; it must be an object"),
+        ("optim.betas=[0.9, true]", "optim.betas[1]: got true; it must be a number"),
+        ("precision=bf17", "precision: got \"bf17\"; it must be 'fp32' or 'bf16', did you mean 'bf16'?"),
+        ("model={}", "model.embed_dim is missing"),
+        ("data={}", "data.train is missing; it is the list file"),
+        ("model.num_heads=7", "model: embed_dim 1024 is not a multiple of num_heads 7"),
+        ("optim.warmup_epochs=401", "optim: warmup_epochs is 401, longer than the 400 epochs"),
+    ],
+)
+def test_schema_faults_are_sentences(override, said):
+    message = refusal("vitl", override)
+    assert said in message
+    assert "pydantic" not in message and "Value error" not in message and "type=" not in message
+
+
+def test_several_faults_stand_one_a_line():
+    lines = refusal("vitl", "model.dept=3", "seed=-1", "precision=fp8").splitlines()
+    assert lines[0].endswith("has 3 errors:") and len(lines) == 4
+    assert len(refusal("vitl", "seed=-1").splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "recipe, overrides, said",
+    [
+        ("vitl", ["model.kind=studnet"], "model.kind: unknown kind 'studnet', did you mean 'student'?"),
+        ("vitl", ["data.kind=zzz"], "data/kinds are: frame, image, video"),
+        ("vitl", ["teachers.video.kind=vidomae"], "teachers.video.kind: unknown kind 'vidomae', did you mean 'video"),
+        ("vitl", ["teachers.video=null"], "objective 'distillation' needs the video teacher: add teachers.video"),
+        ("vitl", ["objective.kind=pixel", "teachers={}"], "model 'student' is trained with 'distillation'"),
+        ("vitl", ["teachers.image.kind=videomae"], "'videomae' is a teacher for the video role"),
+        (
+            "vith",
+            ["teachers.image.image_size=224"],
+            "grid 16x16 (image_size 224 / patch_size 14) must equal the student's 14x14: set image_size to 196",
+        ),
+        ("vitl", ["data.mask_ratio=0.001"], "0.001 of the 196 tokens of a slice masks 0"),
+        ("vitl", ["data.kind=frame"], "model 'student' takes 'video', not 'frame'"),
+        ("mae_vitb", ["model.num_frames=4"], "model.num_frames: data kind 'image' gives single images, so it must"),
+        ("mae_vitb", ["data.kind=video"], "model 'mae' takes 'image' or 'frame', not 'video'"),
+        (
+            "vitl",
+            ["batch.micro=3"],
+            "batch.size: 512 is not a multiple of micro 3 for any number of ranks; the nearest sizes are 510 or 513",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit(recipe, overrides, said):
+    assert said in refusal(recipe, *overrides)
+
+
+def test_pixel_objective_takes_no_teacher():
+    teacher = load_config("vitb_from_vitb").teachers.image.model_dump_json()
+    assert "uses no image teacher: remove teachers.image" in refusal("mae_vitb", f"teachers.image={teacher}")
+
+
+def test_one_masked_token_and_one_visible_token_are_enough():
+    for ratio, masked in ((1 / 196 + 1e-9, 1), (195.5 / 196, 195)):
+        config = load_config("vitl", [f"data.mask_ratio={ratio}"])
+        assert int(config.data.mask_ratio * 196) == masked
+
+
+@pytest.mark.parametrize(
+    "key, field",
+    [("optimizer", "optim"), ("fp16", "precision"), ("train_batch_size", "batch.size"), ("steps_per_print", "log.ev")],
+)
+def test_deepspeed_block_leaves_the_configs_own_fields_alone(key, field):
+    message = refusal("vitl", f"deepspeed.{key}={{}}")
+    assert f"deepspeed.{key}: this config decides that itself; use" in message and field in message
+
+
+def test_deepspeed_keys_are_checked():
+    assert "did you mean 'zero_optimization'?" in refusal("vitl", 'deepspeed.zero_optimisation={"stage": 1}')
+    for stage in ("4", "-1", "true", '"1"'):
+        assert "stage is 0, 1, 2 or 3" in refusal("vitl", f"deepspeed.zero_optimization.stage={stage}")
+    assert "stage is 0, 1, 2 or 3" in refusal("vitl", "deepspeed.zero_optimization=2")
+    good = '{"zero_optimization": {"stage": 3}, "wall_clock_breakdown": true, "aio": {}}'
+    assert load_config("vitl", [f"deepspeed={good}"]).deepspeed["aio"] == {}
+
+
+def batched(size: int, micro: int | None = None, accumulation: int | None = None):
+    config = load_config("vitl")
+    batch = config.batch.model_copy(update={"size": size, "micro": micro, "accumulation": accumulation})
+    return config.model_copy(update={"batch": batch})
+
+
+@pytest.mark.parametrize(
+    "size, micro, accumulation, ranks, expected",
+    [
+        (512, None, None, 8, (64, 1)),
+        (512, 8, None, 8, (8, 8)),
+        (512, None, 4, 8, (16, 4)),
+        (512, 8, 8, 8, (8, 8)),
+        (1, None, None, 1, (1, 1)),
+    ],
+)
+def test_batch_is_derived(size, micro, accumulation, ranks, expected):
+    assert check_batch(batched(size, micro, accumulation), ranks) == expected
+
+
+@pytest.mark.parametrize(
+    "size, micro, accumulation, ranks, said",
+    [
+        (
+            512,
+            8,
+            4,
+            8,
+            "is not micro 8 x accumulation 4 x 8 ranks = 256; nearest that fits: batch.size 256, or "
+            "batch.accumulation 8",
+        ),
+        (512, None, None, 6, "not a multiple of 6 ranks; nearest that fits: batch.size 510 or 516, or 4 ranks"),
+        (
+            512,
+            48,
+            None,
+            8,
+            "not a multiple of micro 48 x 8 ranks = 384; nearest that fits: batch.size 384 or 768, or batch.micro 32",
+        ),
+        (512, None, 6, 8, "batch.accumulation 4"),
+        (4, None, None, 8, "batch.size 8"),
+    ],
+)
+def test_batch_conflict_proposes_what_fits(size, micro, accumulation, ranks, said):
+    with pytest.raises(ConfigError) as caught:
+        check_batch(batched(size, micro, accumulation), ranks)
+    assert said in str(caught.value)
+
+
+def test_missing_files_say_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, image, video = missing_files(load_config("vith"))
+    assert data.startswith("data.train: data/k400/train.txt does not exist") and "--set data.train=PATH" in data
+    assert "teachers.image.checkpoint: checkpoints/mae_vith.pth" in image and "ViT-H from the MAE project" in image
+    assert "VideoMAE's model zoo" in video and "--config configs/videomae_vith.json" in video
+    assert all("\n" not in sentence for sentence in (data, image, video))
+    [demo] = [line for line in missing_files(load_config("demo/student")) if "teachers.image" in line]
+    assert "train it first" in demo and "ViT-" not in demo
+
+
+def test_missing_files_sees_what_is_there(tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
+    config = load_config("vitb_from_vitb", ["data.root=videos"])
+    for path in (config.data.train, config.teachers.image.checkpoint, config.teachers.video.checkpoint):
+        write(path, "x")
+    [root] = missing_files(config)
+    assert root.startswith("data.root: videos is not a folder")
+    (tmp_path / "videos").mkdir()
+    assert missing_files(config) == []
+    [empty] = missing_files(config.model_copy(update={"data": config.data.model_copy(update={"train": "videos"})}))
+    assert "the folder videos is empty" in empty
+
+
+@pytest.mark.parametrize("name", ["vith", "mae_vitb", "demo/student"])
+def test_saved_config_loads_equal(tmp_path, name):
+    config = load_config(name, ["seed=5"])
+    save_config(config, tmp_path / "new" / "config.json")
+    assert load_config(str(tmp_path / "new" / "config.json")) == config
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.json"]
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    target = tmp_path / "config.json"
+    save_config(load_config("vitl"), target)
+    before = target.read_text()
+
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(config_file.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_config(load_config("vith"), target)
+    assert target.read_text() == before and list(tmp_path.iterdir()) == [target]
+
+
+def test_kinds_are_read_off_the_folder_without_importing(tmp_path, monkeypatch, write):
+    monkeypatch.undo()
+    write("models/student.py", "raise SystemExit\ndef build(config):\n    return 1\n")
+    write("models/layers.py", "def helper():\n    build = 1\n")
+    write("models/big/__init__.py", "build = None\n")
+    write("models/__init__.py", "")
+    monkeypatch.setattr(config_checks, "PACKAGE", tmp_path)
+    assert config_checks.available_kinds("models") == ["big", "student"]
+    assert config_checks.available_kinds("data/kinds") == []
+
+
+def test_known_deepspeed_keys_are_those_it_reads():
+    """Every key that we let pass is named in the installed DeepSpeed's own config code."""
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None:
+        pytest.skip("DeepSpeed is not installed")
+    folder = Path(spec.origin).parent
+    files = [*folder.rglob("*config*.py"), *folder.rglob("constants.py")]
+    quoted = set(re.findall(r"""["']([a-z0-9_]+)["']""", "".join(file.read_text("utf-8") for file in files)))
+    assert set() == config_checks.KNOWN_DEEPSPEED_KEYS - quoted
+    assert set() == config_checks.OWNED_DEEPSPEED_KEYS.keys() - quoted

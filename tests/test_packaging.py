@@ -1,0 +1,192 @@
+"""What is installed, under which names, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mvd_fast
+import mvd_kernels
+from mvd_fast import doctor
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"mvd_fast": ROOT / "mvd_fast", "mvd_kernels": ROOT / "kernels" / "mvd_kernels"}
+
+# What each part may import besides itself and mvd_fast.config; parts that are not named may import anything.
+ALLOWED = {
+    "mvd_kernels": set(),
+    "mvd_fast.config": set(),
+    "mvd_fast.models": {"mvd_kernels"},
+    "mvd_fast.interop": {"mvd_fast.models"},
+    "mvd_fast.teachers": {"mvd_fast.models", "mvd_fast.interop"},
+    "mvd_fast.objectives": {"mvd_fast.models", "mvd_fast.teachers", "mvd_kernels"},
+    "mvd_fast.data": {"mvd_kernels"},
+    "mvd_fast.report": {"mvd_fast.models", "mvd_kernels"},
+}
+
+
+# ---- imports run one way ----
+
+
+def imported_names(file: Path) -> Iterator[str]:
+    """Absolute names that a module imports; `from a import b` gives a.b, which may be a module."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*module_name(file).split(".")[: -node.level], node.module] if node.level else [node.module]
+            yield from (".".join(filter(None, [*base, alias.name])) for alias in node.names)
+
+
+def module_name(file: Path) -> str:
+    """mvd_fast/models/mae.py -> mvd_fast.models.mae; a package's own file ends in `.__init__`."""
+    package = next(name for name, folder in PACKAGES.items() if folder in file.parents)
+    return ".".join([package, *file.relative_to(PACKAGES[package]).with_suffix("").parts])
+
+
+def is_inside(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def part_files(part: str) -> list[Path]:
+    package, _, rest = part.partition(".")
+    path = PACKAGES[package] / rest
+    return [path.with_suffix(".py")] if path.with_suffix(".py").is_file() else sorted(path.rglob("*.py"))
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_run_one_way(part):
+    accepted = ALLOWED[part] | {part, "mvd_fast.config"} - ({"mvd_fast.config"} if part == "mvd_kernels" else set())
+    ours = {
+        (file, name) for file in part_files(part) for name in imported_names(file) if is_inside(name, set(PACKAGES))
+    }
+    wrong = [f"{file.relative_to(ROOT)} imports {name}" for file, name in sorted(ours) if not is_inside(name, accepted)]
+    assert not wrong
+
+
+def test_kernels_need_torch_only():
+    """In a process where everything else of ours and of the training stack is out of reach."""
+    blocked = ("mvd_fast", "nvidia.dali", "deepspeed", "pydantic", "rich", "av")
+    script = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import mvd_kernels, torch; "
+    script += "print(mvd_kernels.tube_mask(0, 0, torch.arange(2), (8, 14, 14), 0.9).mask.sum().item())"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "2816"
+
+
+def test_importing_mvd_fast_is_cheap():
+    script = "import sys, mvd_fast; print(sorted({'torch', 'numpy', 'pydantic', 'deepspeed'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# ---- names ----
+
+
+def test_nothing_shadows_other_modules():
+    """`deepspeed mvd_fast/train.py` puts mvd_fast/ itself first on sys.path: its files become top-level names."""
+    children = {path.stem for path in PACKAGES["mvd_fast"].iterdir() if path.suffix == ".py" or path.is_dir()}
+    names = (children | set(PACKAGES)) - {"__init__", "__pycache__"}
+    installed = {
+        name
+        for name, distributions in importlib.metadata.packages_distributions().items()
+        if set(distributions) != {"mvd-fast"}
+    }
+    assert "torch" in installed
+    assert not names & set(sys.stdlib_module_names)
+    assert not names & installed
+
+
+# ---- the distribution ----
+
+
+def test_one_version():
+    assert mvd_fast.__version__ == mvd_kernels.__version__ == importlib.metadata.version("mvd-fast")
+
+
+def test_command_is_installed():
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="mvd-fast")
+    assert command.value == "mvd_fast.cli:main"
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory) -> list[str]:
+    """Names in a wheel built from a copy of the sources, without the native code (which would take a minute)."""
+    copy = tmp_path_factory.mktemp("sources")
+    for name in ("mvd_fast", "kernels", "configs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("*.toml"), *ROOT.glob("*.md"), ROOT / "LICENSE"):
+        shutil.copy(file, copy)
+    script = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
+    environment = os.environ | {"MVD_FAST_NO_NATIVE": "1"}
+    subprocess.run([sys.executable, "-c", script], cwd=copy, env=environment, check=True, capture_output=True)
+    (wheel,) = (copy / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def test_wheel_holds_two_packages_and_all_their_files(wheel_names):
+    tops = {name.split("/")[0] for name in wheel_names}
+    assert tops == {"mvd_fast", "mvd_kernels", f"mvd_fast-{mvd_fast.__version__}.dist-info"}
+    for package, folder in PACKAGES.items():
+        sources = {f"{package}/{file.relative_to(folder)}" for file in folder.rglob("*.py")}
+        assert sources <= set(wheel_names)
+
+
+def test_wheel_holds_the_recipes(wheel_names):
+    recipes = {f"mvd_fast/configs/{file.relative_to(ROOT / 'configs')}" for file in (ROOT / "configs").rglob("*.json")}
+    assert "mvd_fast/configs/vitl.json" in recipes
+    assert recipes <= set(wheel_names)
+
+
+def test_native_code_is_built():
+    assert mvd_kernels.implementation("tube_mask", "cpu")[0] == "cpp"
+
+
+def test_every_dependency_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower() for line in lines if "==" in line}
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    names = {requirement.split(">")[0].split("=")[0].lower() for requirement in wanted}
+    assert names <= pinned
+
+
+# ---- doctor ----
+
+
+def test_doctor_reports_and_returns_zero(capsys):
+    assert doctor.main() == 0
+    text = capsys.readouterr().out
+    for expected in ("python", "torch", "tube_mask (cpu)", "cpp", "DALI plugin", "loads"):
+        assert expected in text
+
+
+def test_doctor_survives_what_is_missing(monkeypatch):
+    def broken():
+        yield "triton", "3.8"
+        raise OSError("libcuda.so.1: cannot open shared object file\nmore")
+
+    def no_package(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "operators", broken)
+    monkeypatch.setattr(importlib.metadata, "version", no_package)
+    monkeypatch.setattr(doctor.shutil, "which", lambda program: None)
+    text = doctor.report()
+    assert "not installed" in text
+    assert "no g++" in text
+    assert "OSError" in text
+    assert "cannot open shared object file" in text
