@@ -12,7 +12,6 @@ import collections
 import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import save_file
+
+from .files import fsync, write_text, written_aside
 
 log = logging.getLogger(__name__)
 
@@ -92,15 +93,38 @@ def save(
         stage = int(engine.zero_optimization_stage())
         manifest = Manifest(update, _world_size(), stage, precision, _seal(hidden))
         write_text(hidden / MANIFEST, json.dumps(asdict(manifest), indent=1))
-        _fsync(hidden)
+        fsync(hidden)
         if final.exists():  # of an earlier attempt at the same update
             shutil.rmtree(final)
         hidden.rename(final)
-        _fsync(root)
+        fsync(root)
         for old in _list(root)[keep:]:
             shutil.rmtree(old)
     _barrier()
     return final
+
+
+def find_start(run_dir: str | Path, resume: str) -> Path | None:
+    """Where a run starts from: "auto", its newest valid checkpoint if any; "never", none; else the path of one.
+
+    Refuses what would mix two histories in one run folder.
+    """
+    if resume == "auto":
+        return newest_valid(run_dir)
+    there = _list(folder(run_dir))
+    if resume == "never":
+        if there:
+            raise CheckpointError(
+                f"{run_dir} holds checkpoints of an earlier run; give another --run-dir or delete them"
+            )
+        return None
+    path = Path(resume)
+    verify(path)
+    if newer := [p.name for p in there if p.name > path.name]:
+        raise CheckpointError(
+            f"{run_dir} holds newer checkpoints than {path} ({', '.join(newer)}); give another --run-dir or delete them"
+        )
+    return path
 
 
 def newest_valid(run_dir: str | Path) -> Path | None:
@@ -145,23 +169,11 @@ def load(engine: Any, path: Path, precision: str) -> int:
     return manifest.update
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file aside, fsyncs it and renames it into place."""
-    aside = path.with_name(path.name + ".writing")
-    with open(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-
-
 def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Writes a safetensors file aside, fsyncs it and renames it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".writing")
-    save_file(weights, aside)
-    _fsync(aside)
-    aside.rename(path)
+    with written_aside(path) as aside:
+        save_file(weights, aside)
 
 
 def _list(root: Path) -> list[Path]:
@@ -172,7 +184,7 @@ def _list(root: Path) -> list[Path]:
 def _seal(path: Path) -> dict[str, dict[str, Any]]:
     files = {}
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        _fsync(file)
+        fsync(file)
         files[str(file.relative_to(path))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     return files
 
@@ -180,14 +192,6 @@ def _seal(path: Path) -> dict[str, dict[str, Any]]:
 def _sha256(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _world_size() -> int:

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from mvd_fast.config import RunConfig
 from mvd_fast.config_checks import ConfigError, check_batch, faults, missing_files, nearest
+from mvd_fast.files import write_text
 
 __all__ = [
     "ConfigError",
@@ -71,15 +72,7 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write the resolved config as JSON that `load_config` reads back equal; the file is complete or absent."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(config.model_dump_json(indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_text(path, config.model_dump_json(indent=2) + "\n")
 
 
 def list_recipes() -> dict[str, Path]:

@@ -43,7 +43,7 @@ def report() -> str:
             table.add_row(f"  {row[0]}", *row[1:])
     console = Console(file=io.StringIO(), width=shutil.get_terminal_size((120, 40)).columns)
     console.print(table)
-    return console.file.getvalue().rstrip()
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def versions() -> Iterator[Row]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from .checkpoint import write_text
+from .files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +111,6 @@ class RunLog:
             self._board.close()
 
 
-def read_log(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's log, in order."""
-    path = Path(run_dir) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def _update_of(line: str) -> float:
     try:
         return json.loads(line)["update"]
@@ -174,4 +168,5 @@ class ProgressLine:
             self._last = now
             pace = (now - self._start) / max(1, self._done - self._first)
             left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - self._done)))
-            self._console.print(f"{self._title} {self._done}/{self._total} eta {left} {note}", highlight=False)
+            line = f"{self._title} {self._done}/{self._total} eta {left} {note}"
+            self._console.print(line, highlight=False, soft_wrap=True)

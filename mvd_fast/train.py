@@ -18,7 +18,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
 import argparse  # noqa: E402
 import logging  # noqa: E402
 import socket  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import MutableMapping, Sequence  # noqa: E402
 
 from mvd_fast.config_file import ConfigError, add_train_arguments, config_from_arguments, missing_files  # noqa: E402
 
@@ -59,11 +59,21 @@ def _run(config, resume: str) -> int:
 
 
 def _quiet_logs() -> None:
-    """Our warnings and worse to the terminal; DeepSpeed's own chatter only when it warns."""
+    """Our warnings and worse to the terminal; other libraries' remarks about a machine without a GPU stay out."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    choose_accelerator(os.environ)
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+
+
+def choose_accelerator(environment: MutableMapping[str, str]) -> None:
+    """Tells DeepSpeed to use the CPU where torch sees no GPU; left to itself it warns about that in every process."""
+    import torch
+
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _single_process_defaults() -> None:

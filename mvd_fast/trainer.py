@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,12 +21,14 @@ from . import checkpoint
 from .config import RunConfig
 from .config_file import check_batch, save_config
 from .data import build_loader
+from .files import write_text
 from .objectives import build_objective
 from .optim import build_optimizer, learning_rate, set_lr
 from .telemetry import PhaseTimer, ProgressLine, RunLog, measure_peak
 
 log = logging.getLogger(__name__)
 
+SUMMARY = "summary.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -40,7 +45,9 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.run_dir = Path(config.output_dir)
         self.micro, self.accumulation = check_batch(config, self.world_size)
-        self.device = torch.device(deepspeed.get_accelerator().current_device_name())
+        accelerator = deepspeed.get_accelerator()
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        self.device = torch.device(accelerator.current_device_name())
         start = self._find_start(resume)
         self.loader = build_loader(config, self.rank, self.world_size, self.device, self.micro, self.accumulation)
         self.per_epoch = self.loader.updates_per_epoch
@@ -52,14 +59,18 @@ class Trainer:
         self._stop = StopSignal(self.world_size)
 
     def _find_start(self, resume: str) -> Path | None:
-        """Rank 0 verifies, the others follow."""
-        found: list[Path | None] = [None]
-        if self.rank == 0 and resume == "auto":
-            found[0] = checkpoint.newest_valid(self.run_dir)
-        elif self.rank == 0 and resume != "never":
-            checkpoint.verify(Path(resume))
-            found[0] = Path(resume)
+        """Rank 0 verifies, the others follow, also in refusing."""
+        found: list[Path | ValueError | None] = [None]
+        if self.rank == 0:
+            try:
+                found[0] = checkpoint.find_start(self.run_dir, resume)
+                if found[0]:
+                    _warn_of_changes(self.config, self.run_dir)
+            except ValueError as error:
+                found[0] = error
         dist.broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
         return found[0]
 
     def _build_engine(self) -> None:
@@ -67,6 +78,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.objective = build_objective(config)
         network = self.objective.model
+        self._parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
         # Frozen tables would be rounded to the engine's precision; exports take them from here.
         self._tables = {n: p.detach().clone() for n, p in network.named_parameters() if not p.requires_grad}
         self.engine, *_ = deepspeed.initialize(
@@ -99,6 +111,8 @@ class Trainer:
                 finished = self._loop()
             if finished:
                 self._export()
+            if lead:
+                self._write_summary(finished)
             return finished
         finally:
             self._summarise_bad_files()
@@ -133,7 +147,7 @@ class Trainer:
         with self.timer.phase("data"):
             batch = next(batches)
         # Drop path is a function of (seed, update, micro batch, rank): a resumed run draws the same.
-        torch.manual_seed(hash((self.config.seed, self.update, number, self.rank)) % 2**63)
+        torch.manual_seed(step_seed(self.config.seed, self.update, number, self.rank))
         out = self.objective(batch)
         guard = LossGuard(out["loss"])
         with self.timer.phase("backward"):
@@ -169,6 +183,17 @@ class Trainer:
         weights = full_weights(self.engine, self._tables)
         if self.rank == 0:
             checkpoint.write_weights(weights, self.run_dir / checkpoint.WEIGHTS)
+
+    def _write_summary(self, finished: bool) -> None:
+        summary = {
+            "finished": finished,
+            "update": self.update,
+            "updates": self.total,
+            "parameters": self._parameters,
+            "replaced_samples": self.loader.replaced,
+            "bad_files": self.loader.bad_files,
+        }
+        write_text(self.run_dir / SUMMARY, json.dumps(summary, indent=1))
 
     def _log(self, parts: list[dict[str, Tensor]]) -> None:
         losses = {k: torch.stack([p[k].float() for p in parts]).mean() for k in parts[0]}
@@ -239,7 +264,7 @@ class LossGuard:
 
 
 class StopSignal:
-    """SIGTERM, agreed on by all ranks at the same update.
+    """SIGTERM (or Ctrl-C, once), agreed on by all ranks at the same update.
 
     The agreement of one update is fetched at the next, so that nobody waits for it.
     """
@@ -249,9 +274,12 @@ class StopSignal:
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._pending: tuple[Any, Tensor] | None = None
         signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
 
-    def _on_signal(self, *_: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         self._received = True
+        if number == signal.SIGINT:  # the second one interrupts at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def requested(self) -> bool:
         """Whether to stop now; every rank gets the same answer. Called once per update."""
@@ -280,6 +308,29 @@ def deepspeed_config(config: RunConfig, micro: int, accumulation: int) -> dict[s
         "bf16": {"enabled": config.precision == "bf16"},
         "steps_per_print": None,
     }
+
+
+def step_seed(seed: int, update: int, micro: int, rank: int) -> int:
+    """The seed of one micro batch's random numbers on one rank, a 64-bit hash of its arguments."""
+    return int(np.random.SeedSequence((seed, update, micro, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _warn_of_changes(config: RunConfig, run_dir: Path) -> None:
+    """Names the settings that differ from those the run was started with."""
+    saved = run_dir / "config.json"
+    if not saved.exists():
+        return
+    before, now = _flat(json.loads(saved.read_text())), _flat(config.model_dump(mode="json"))
+    changed = [f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted(before | now) if before.get(k) != now.get(k)]
+    if changed:
+        log.warning("%s was started with other settings: %s", run_dir, ", ".join(changed))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def local_gradient_norm(engine: Any) -> Tensor | None:

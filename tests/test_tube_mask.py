@@ -205,7 +205,7 @@ def test_cuda_tensors_use_triton():
 
 
 def test_cpu_uses_cpp_unless_forced():
-    assert mvd_kernels.operators()[0] == "tube_mask"
+    assert "tube_mask" in mvd_kernels.operators()
     assert mvd_kernels.implementation("tube_mask", "cpu") == ("cpp", "the tensors are on cpu")
     assert mvd_kernels.implementation("tube_mask", "meta")[0] == "reference"
     with use_impl("reference"):
@@ -221,7 +221,7 @@ def test_unknown_names_are_refused():
         use_impl("fast"),
     ):
         pass
-    with pytest.raises(ValueError, match="no operator 'tub_mask'; choose one of tube_mask"):
+    with pytest.raises(ValueError, match=r"no operator 'tub_mask'; choose one of .*tube_mask"):
         mvd_kernels.implementation("tub_mask", "cpu")
     with pytest.raises(ValueError, match="cannot run as 'cpp' on cuda"), use_impl("cpp"):
         mvd_kernels.implementation("tube_mask", "cuda")

@@ -10,7 +10,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -59,7 +59,9 @@ class Operator:
         name, why = self.choose(device)
         if name == "reference" and not _forced and device.type in ("cpu", "cuda"):
             _warn_once(why)
-        return getattr(self, name)(*args)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return getattr(self, name)(*args)
 
     def choose(self, device: torch.device) -> tuple[str, str]:
         """Name of the implementation that runs on `device`, and why."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from mvd_fast.data.quarantine import quarantine_path, write_quarantine
 
 LONG_GOP = 32  # frames; a random clip decodes half of this before its first frame
 SHORT_SIDE = (256, 320)  # pixels; more is thrown away by the resize to 224
-SAVE_EVERY = 5000  # files
+SAVE_EVERY = 60.0  # seconds
 
 
 @dataclass
@@ -143,15 +144,17 @@ def _scan(
 ) -> None:
     """Add to `known` what is missing; the index is saved now and then and whatever happens."""
     missing = [path for path in paths if path not in known]
+    saved = time.monotonic()
     columns = (TextColumn("scanning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console, disable=not missing) as progress:
             task = progress.add_task("scan", total=len(missing))
-            for done, (path, facts) in enumerate(scan_files(missing, decode, processes), start=1):
+            for path, facts in scan_files(missing, decode, processes):
                 known[path] = facts
                 progress.advance(task)
-                if done % SAVE_EVERY == 0:
+                if time.monotonic() - saved > SAVE_EVERY:
                     save_index(index_path, known)
+                    saved = time.monotonic()
     finally:
         save_index(index_path, known)
 

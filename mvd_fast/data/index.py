@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import nullcontext
@@ -12,7 +11,10 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
+
 from mvd_fast.data import media
+from mvd_fast.files import write_text
 
 VERSION = 1
 INLINE_BELOW = 64  # files; starting processes takes longer than scanning these
@@ -66,7 +68,7 @@ def scan_file(path: str, decode: bool = False) -> FileFacts:
     )
 
 
-def _image_facts(size: int, mtime_ns: int, data, decode: bool) -> FileFacts:
+def _image_facts(size: int, mtime_ns: int, data: np.ndarray, decode: bool) -> FileFacts:
     info = media.probe_image(data)
     if decode:
         media.decode_image(data)
@@ -98,23 +100,17 @@ def load_index(path: str) -> dict[str, FileFacts]:
 def save_index(path: str, files: dict[str, FileFacts]) -> None:
     """Write the index; readers see the old one or the new one, never a part."""
     content = {"version": VERSION, "files": {name: asdict(facts) for name, facts in files.items()}}
-    write_whole(path, json.dumps(content, indent=0))
+    write_whole(path, json.dumps(content))
 
 
 def write_whole(path: str, text: str) -> None:
-    """Write a text file aside, flush it to the disk, and move it to its place."""
-    folder, name = os.path.split(os.path.abspath(path))
-    handle, aside = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    """Replace a file beside a list as a whole. Raises ValueError where the folder does not allow it."""
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
+        write_text(path, text)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}); copy the list to a folder of your own"
+        ) from error
 
 
 def is_fresh(facts: FileFacts | None, path: str, decode: bool) -> bool:

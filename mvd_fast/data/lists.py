@@ -41,7 +41,7 @@ def read_dataset(
             "give a text file with one `path label` a line, or a folder with one folder per class"
         )
     if not entries:
-        wanted = f" with files ending in {', '.join(extensions)}" if os.path.isdir(train) and extensions else ""
+        wanted = f" ending in {', '.join(extensions)}" if os.path.isdir(train) and extensions else ""
         raise ListError(f"{train} lists no files{wanted}")
     return entries
 

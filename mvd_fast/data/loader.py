@@ -20,12 +20,12 @@ from mvd_fast.data import lists
 from mvd_fast.data.pipeline import PIPELINE_DEPTH, PipelineSpec, build_pipeline, failing_samples, outputs_to_torch
 from mvd_fast.data.quarantine import quarantine_path, read_quarantine
 from mvd_fast.data.sampling import SampleKey
-from mvd_fast.data.source import Readers, Sample, Schedule, Source
+from mvd_fast.data.source import Choice, Readers, Sample, Schedule, Source
 
 logger = logging.getLogger(__name__)
 
 JUDGED_FROM = 1000  # files seen before a share of bad ones says something about a long list
-LOOK_FOR_MISSING = 20  # files looked at when the loader is built
+LOOK_FOR_MISSING = 20  # files looked for when the loader is built
 
 
 class TooManyBadFiles(ValueError):
@@ -61,10 +61,10 @@ def build_loader(
 
 
 def _require_some_present(paths: list[str], train: str) -> None:
-    first = paths[:LOOK_FOR_MISSING]
-    if not any(os.path.exists(path) for path in first):
+    some = paths[:: -(-len(paths) // LOOK_FOR_MISSING)]
+    if not any(os.path.exists(path) for path in some):
         raise ValueError(
-            f"none of the first {len(first)} files of {train} exists, for instance {first[0]}; "
+            f"none of {len(some)} files looked for from all over {train} exists, for instance {some[0]}; "
             "set data.root to the folder that the list's paths start from"
         )
 
@@ -113,12 +113,12 @@ class Loader:
             producer.close()
         self.readers.close()
 
-    def _accept(self, batch: dict[str, Tensor], asked: list[SampleKey], samples: list[Sample]) -> dict[str, Tensor]:
+    def _accept(self, batch: dict[str, Tensor], asked: list[SampleKey], choices: list[Choice]) -> dict[str, Tensor]:
         """Count replacements, name newly found bad files, stop when they are too many; adds `index`."""
-        for key, sample in zip(asked, samples, strict=True):
-            self.replaced += key != sample.key
-            self._touched.update([sample.key.index, *(index for index, _ in sample.passed_over)])
-            for index, reason in sample.passed_over:
+        for key, (shown, passed_over) in zip(asked, choices, strict=True):
+            self.replaced += key != shown
+            self._touched.update([shown.index, *(index for index, _ in passed_over)])
+            for index, reason in passed_over:
                 self._note_bad(self.paths[index], reason)
         self._require_few_bad()
         index = batch.pop("numbers")[:, 2]
@@ -160,8 +160,8 @@ class _Producer:
         self._thread = threading.Thread(target=self._run, args=(step,), name="mvd-loader", daemon=True)
         self._thread.start()
 
-    def next(self) -> tuple[dict[str, Tensor], list[SampleKey], list[Sample]]:
-        """The next batch, the samples it was asked for and those it holds; raises what stopped the thread."""
+    def next(self) -> tuple[dict[str, Tensor], list[SampleKey], list[Choice]]:
+        """The next batch, the samples that were due and what they turned out to be; raises what stopped the thread."""
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
@@ -185,11 +185,12 @@ class _Producer:
 
     def _run_pipeline(self, first: int) -> int:
         """Produce from micro batch `first` until told to stop or until DALI fails; returns the step to go on with."""
-        ahead: dict[int, list[Sample]] = {}  # samples inside the pipeline, by step
+        ahead: dict[int, list[Choice]] = {}  # of what is inside the pipeline, by step
 
         def read(iteration: int) -> list[Sample]:
-            ahead[first + iteration] = self._samples(first + iteration)
-            return ahead[first + iteration]
+            samples = self._samples(first + iteration)
+            ahead[first + iteration] = [sample.choice for sample in samples]
+            return samples
 
         pipeline = build_pipeline(self._spec, read)
         step = first

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import av
@@ -12,7 +14,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image
 
 DALI_CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})  # others need NVDEC or PyAV
-DALI_GPU_CODECS = DALI_CPU_CODECS - {"mjpeg"} | {"h264", "hevc", "av1", "mpeg4"}
+DALI_GPU_CODECS = DALI_CPU_CODECS | {"h264", "hevc", "av1", "mpeg4"}
 PLAIN_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuvj422p", "yuv422p"})  # 8-bit; the rest goes through PyAV
 
 VIDEO_EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp")
@@ -48,14 +50,6 @@ class VideoInfo:
         return self.frames / max(1, self.key_frames)
 
 
-@dataclass(frozen=True)
-class _Packets:
-    times: list[int | None]
-    keys: list[bool]
-    end: float  # seconds
-    damaged: int
-
-
 def read_bytes(path: str) -> np.ndarray:
     """The file as uint8 [size]. Raises BadFile when it cannot be read or is empty."""
     try:
@@ -71,23 +65,25 @@ def probe_video(data: np.ndarray) -> VideoInfo:
     """Facts of an encoded video, uint8 [size]. Raises BadFile: not a video, no frames, truncated or damaged."""
     with _opened(data) as container:
         stream = _video_stream(container)
-        packets = _demux(container, stream)
-        if not packets.times:
+        everything = _demux(container)
+        packets = [packet for packet in everything if packet.stream_index == stream.index]
+        if not packets:
             raise BadFile("has a video stream but no frames")
-        if packets.damaged:
-            raise BadFile(f"is damaged: {packets.damaged} of {len(packets.times)} packets are incomplete")
-        _require_complete(container, stream, packets)
+        damaged = sum(packet.is_corrupt for packet in packets)
+        if damaged:
+            raise BadFile(f"is damaged: {damaged} of {len(packets)} packets are incomplete")
+        _require_complete(container, everything)
         context = stream.codec_context
         if not context.width or not context.height:
             raise BadFile("has a video stream without a picture size")
         return VideoInfo(
-            frames=len(packets.times),
+            frames=len(_shown(packets)),
             fps=float(stream.average_rate or 0.0),
             width=context.width,
             height=context.height,
             codec=sys.intern(context.codec.canonical_name),
             pixel_format=sys.intern(context.pix_fmt or ""),
-            key_frames=sum(packets.keys),
+            key_frames=sum(packet.is_keyframe for packet in packets),
         )
 
 
@@ -107,21 +103,55 @@ def decode_frames(data: np.ndarray, indices: np.ndarray, info: VideoInfo) -> np.
     return np.stack([found[int(index)] for index in indices])
 
 
+def trimmed(data: np.ndarray, indices: np.ndarray, info: VideoInfo) -> tuple[np.ndarray, np.ndarray]:
+    """Only the part of an encoded video that frames `indices` need, copied without decoding.
+
+    Returns (uint8 [bytes], int32 [T]): from the last key frame before the first wanted frame to the last wanted one,
+    and the indices counted from there. DALI 2.4 decodes every frame from the start of the file to the last wanted one,
+    so a clip late in a video is several times cheaper this way. Returns its arguments where there is nothing to cut
+    off, or where packets are not in display order.
+    """
+    if info.key_frames <= 1:
+        return data, indices
+    with _opened(data) as container:
+        stream = _video_stream(container)
+        packets = _demux(container, stream)
+        times = [packet.pts for packet in packets]
+        first, last = int(indices.min()), int(indices.max())
+        ordered = None not in times and all(time < after for time, after in itertools.pairwise(times))
+        ordered = ordered and len(_shown(packets)) == len(packets)
+        start = max((i for i, packet in enumerate(packets[: first + 1]) if packet.is_keyframe), default=0)
+        if start == 0 or not ordered:
+            return data, indices
+        return _copied(stream, packets[start : last + 1]), indices - np.int32(start)
+
+
+def _copied(stream: av.VideoStream, packets: list[av.Packet]) -> np.ndarray:
+    """A Matroska file, uint8 [bytes], of these packets of a stream."""
+    written, origin = io.BytesIO(), packets[0].pts
+    with av.open(written, mode="w", format="matroska") as container:
+        copy = container.add_stream_from_template(stream)
+        for packet in packets:
+            packet.pts = packet.dts = packet.pts - origin
+            packet.stream = copy
+            container.mux(packet)
+    return np.frombuffer(written.getbuffer(), dtype=np.uint8)
+
+
 def require_decodable(data: np.ndarray, info: VideoInfo) -> None:
     """Decode the whole video, keeping nothing. Raises BadFile at the first frame that fails."""
     count = 0
     with _opened(data) as container:
         stream = _video_stream(container)
-        stream.codec_context.thread_count = 1
         try:
-            for frame in container.decode(stream):
+            for frame in _frames(stream, _demux(container, stream)):
                 if frame.is_corrupt:
                     break
                 count += 1
         except av.FFmpegError:
             pass  # the count tells
     if count < info.frames:
-        raise BadFile(f"frame {count} of {info.frames} cannot be decoded")
+        raise BadFile(f"only {count} of its {info.frames} frames can be decoded")
 
 
 def _opened(data: np.ndarray) -> av.container.InputContainer:
@@ -132,60 +162,58 @@ def _opened(data: np.ndarray) -> av.container.InputContainer:
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    if not container.streams.video:
-        kinds = sorted({stream.type for stream in container.streams})
-        raise BadFile(f"has no video stream (only {', '.join(kinds) or 'nothing'})")
-    stream = container.streams.video[0]
+    kinds = sorted({stream.type for stream in container.streams})
+    if not kinds:
+        raise BadFile("is not a readable video (no streams found in it)")
+    stream = container.streams.best("video")
+    if stream is None:
+        raise BadFile(f"has no video stream (only {', '.join(kinds)})")
     if stream.codec_context is None:
         raise BadFile("has a video stream in an unknown codec")
+    stream.codec_context.thread_count = 1  # several files are handled at once instead
     return stream
 
 
-def _demux(container: av.container.InputContainer, stream: av.VideoStream) -> _Packets:
-    """Timestamps and key frames of the video's packets, and where the last packet of any stream ends."""
-    times: list[int | None] = []
-    keys: list[bool] = []
-    end, damaged = 0.0, 0
+def _demux(container: av.container.InputContainer, *streams: av.VideoStream) -> list[av.Packet]:
+    """All packets, of these streams or of every one; nothing is decoded."""
+    packets: list[av.Packet] = []
     try:
-        for packet in container.demux():
-            if not packet.size:
-                continue
-            if packet.pts is not None:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            if packet.stream_index == stream.index:
-                times.append(packet.pts)
-                keys.append(packet.is_keyframe)
-                damaged += packet.is_corrupt
+        packets.extend(packet for packet in container.demux(*streams) if packet.size)
     except (av.FFmpegError, IndexError) as error:
-        raise BadFile(f"is damaged after {len(times)} frames ({_reason(error)})") from error
-    return _Packets(times, keys, end, damaged)
+        raise BadFile(f"is damaged after {len(packets)} packets ({_reason(error)})") from error
+    return packets
 
 
-def _require_complete(container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets) -> None:
-    """Raise BadFile when clearly less is there than the header promises."""
-    frames = len(packets.times)
+def _require_complete(container: av.container.InputContainer, packets: list[av.Packet]) -> None:
+    """Raise BadFile when clearly less is there than the header promises. `packets` are those of every stream."""
+    stream = _video_stream(container)
+    frames = sum(packet.stream_index == stream.index for packet in packets)
     if stream.frames - frames > max(MISSING_FRAMES, MISSING_SHARE * stream.frames):
         raise BadFile(f"is truncated: {frames} frames of the {stream.frames} its header promises")
-    if not container.duration or not stream.average_rate or packets.end <= 0:
+    timed = [packet for packet in packets if packet.pts is not None]
+    if not container.duration or not stream.average_rate or not timed:
         return
-    start = (container.start_time or 0) / av.time_base
-    promised, there = container.duration / av.time_base, packets.end - max(0.0, start)
+    promised = container.duration / av.time_base
+    end = max(float((packet.pts + (packet.duration or 0)) * packet.time_base) for packet in timed)
+    there = end - min(0.0, (container.start_time or 0) / av.time_base)
     if promised - there > max(MISSING_FRAMES / float(stream.average_rate), MISSING_SHARE * promised):
         raise BadFile(f"is truncated: {there:.2f} s of the {promised:.2f} s its header promises")
+
+
+def _shown(packets: list[av.Packet]) -> list[av.Packet]:
+    """The packets that become frames: an edit list may drop the first ones after decoding."""
+    return [packet for packet in packets if not packet.is_discard]
 
 
 def _decode(data: np.ndarray, wanted: set[int], info: VideoInfo, from_key_frame: bool) -> dict[int, np.ndarray]:
     """The wanted frames that can be decoded: frame index -> uint8 [H, W, 3]."""
     found: dict[int, np.ndarray] = {}
-    first_packet, index_of = 0, None
-    if from_key_frame:
-        with _opened(data) as container:
-            first_packet, index_of = _entry_point(_demux(container, _video_stream(container)), min(wanted))
     with _opened(data) as container:
         stream = _video_stream(container)
-        stream.codec_context.thread_count = 1  # the source decodes several clips at once instead
+        packets = _demux(container, stream)
+        start, index_of = _entry_point(packets, min(wanted)) if from_key_frame else (0, None)
         try:
-            for count, frame in enumerate(_frames_from(container, stream, first_packet)):
+            for count, frame in enumerate(_frames(stream, packets[start:])):
                 index = count if index_of is None else index_of.get(frame.pts)
                 if index in wanted and not frame.is_corrupt:
                     found[index] = _rgb(frame, info)
@@ -196,21 +224,21 @@ def _decode(data: np.ndarray, wanted: set[int], info: VideoInfo, from_key_frame:
     return found
 
 
-def _entry_point(packets: _Packets, first_wanted: int) -> tuple[int, dict[int, int] | None]:
+def _entry_point(packets: list[av.Packet], first_wanted: int) -> tuple[int, dict[int, int] | None]:
     """The packet to start decoding at, and the map from timestamp to frame index (None: count frames from packet 0)."""
-    order = sorted(time for time in packets.times if time is not None)
-    if len(order) < len(packets.times) or len(set(order)) < len(order):
+    times = [packet.pts for packet in _shown(packets)]
+    if None in times or len(set(times)) < len(times):
         return 0, None
-    target = order[first_wanted]
-    keys = [i for i, (time, key) in enumerate(zip(packets.times, packets.keys, strict=True)) if key and time <= target]
-    return (keys[-1] if keys else 0), {time: index for index, time in enumerate(order)}
+    order = sorted(times)
+    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe and (packet.pts or 0) <= order[first_wanted]]
+    return max(keys, default=0), {time: index for index, time in enumerate(order)}
 
 
-def _frames_from(container: av.container.InputContainer, stream: av.VideoStream, first_packet: int):
-    """Frames in display order, decoding from packet `first_packet` on (earlier ones are only read past)."""
-    for count, packet in enumerate(container.demux(stream)):
-        if count >= first_packet:
-            yield from packet.decode()
+def _frames(stream: av.VideoStream, packets: list[av.Packet]) -> Iterator[av.VideoFrame]:
+    """Frames in display order."""
+    for packet in packets:
+        yield from stream.codec_context.decode(packet)
+    yield from stream.codec_context.decode(None)
 
 
 def _rgb(frame: av.VideoFrame, info: VideoInfo) -> np.ndarray:

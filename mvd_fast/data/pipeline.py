@@ -41,7 +41,7 @@ class PipelineSpec:
 
 
 def build_pipeline(spec: PipelineSpec, reader: Reader) -> Pipeline:
-    """A built pipeline whose `run()` gives (pixels, mask, numbers); see `outputs_to_torch`."""
+    """A built pipeline whose `run()` gives (pixels, mask, numbers, frames); see `outputs_to_torch`."""
     dali_plugin.load_plugin()
 
     def source(iteration: int) -> tuple[list, ...]:  # out here: DALI rewrites what is defined inside a pipeline
@@ -72,11 +72,13 @@ def _define(spec: PipelineSpec, source: Callable[[int], tuple[list, ...]]):
         ndim=list(NDIMS),
         layout=list(LAYOUTS),
     )
-    pixels = spec.kind.graph(Inputs(*fields), spec.dali_device)
+    inputs = Inputs(*fields)
+    pixels = spec.kind.graph(inputs, spec.dali_device)
     mask = dali_plugin.tube_mask(numbers, spec.grid, spec.mask_ratio)
     if spec.dali_device == "gpu":
         mask = mask.gpu()
-    return pixels, mask, numbers
+    # An output only because DALI warns of inputs that a graph does not use, and images have no frames to choose.
+    return pixels, mask, numbers, inputs.frames
 
 
 def outputs_to_torch(outputs: tuple, spec: PipelineSpec) -> dict[str, torch.Tensor]:
@@ -85,7 +87,7 @@ def outputs_to_torch(outputs: tuple, spec: PipelineSpec) -> dict[str, torch.Tens
     On the CPU nothing is copied: the dynamic executor hands each run's buffers over for good. On a GPU DALI reuses a
     buffer as soon as Python lets go of it, which may be before torch's stream has read it: there they are copies.
     """
-    pixels, mask, numbers = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+    pixels, mask, numbers = (torch.from_dlpack(output.as_tensor()) for output in outputs[:3])
     if spec.dali_device == "gpu":
         pixels, mask = pixels.clone(), mask.clone()
         torch.cuda.current_stream(spec.device).synchronize()
@@ -98,7 +100,7 @@ def failing_samples(spec: PipelineSpec, samples: list[Sample]) -> dict[int, str]
     if reason is None:
         return {}
     if len(samples) == 1:
-        return {samples[0].key.index: reason}
+        return {samples[0].choice.key.index: reason}
     middle = len(samples) // 2
     return failing_samples(spec, samples[:middle]) | failing_samples(spec, samples[middle:])
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,12 +25,18 @@ class NoUsableFile(ValueError):
     """One sample and all of its replacements are unusable: practically every file is."""
 
 
-class Sample(NamedTuple):
-    """What the pipeline gets, and how it came about."""
+class Choice(NamedTuple):
+    """What a sample turned out to be."""
 
     key: SampleKey  # of what is really shown
+    passed_over: tuple[tuple[int, str], ...] = ()  # (dataset position, reason) of bad files met on the way
+
+
+class Sample(NamedTuple):
+    """A sample and what the pipeline gets for it."""
+
+    choice: Choice
     inputs: Inputs
-    passed_over: tuple[tuple[int, str], ...]  # (dataset position, reason) of bad files met on the way
 
 
 @lru_cache(maxsize=2)  # batches prepared ahead may belong to the next epoch already
@@ -81,7 +90,7 @@ class Source:
     paths: list[str]
     kind: Kind
     quarantine: frozenset[str] = frozenset()  # paths set aside before the run
-    _verdicts: dict[str, Any] = field(default_factory=dict)  # path -> facts, or the BadFile that `check` raised
+    _verdicts: dict[str, Any] = field(default_factory=dict)  # path -> facts, or why `check` refused it
 
     def sample(self, key: SampleKey, suspects: frozenset[str] = frozenset()) -> Sample:
         """The sample for `key`, or its replacement. `suspects` are files that DALI failed on: decoded here instead.
@@ -94,9 +103,11 @@ class Source:
             if path in self.quarantine:
                 continue
             try:
-                return Sample(candidate, self._load(candidate, path not in suspects), tuple(passed_over))
+                inputs = self._load(candidate, path not in suspects)
             except media.BadFile as error:
                 passed_over.append((candidate.index, str(error)))
+            else:
+                return Sample(Choice(candidate, tuple(passed_over)), inputs)
         some = "; ".join(f"{self.paths[index]} {reason}" for index, reason in passed_over[:3])
         raise NoUsableFile(
             f"{self.paths[key.index]} and the {MAX_REPLACEMENTS} files tried in its place are all unusable"
@@ -106,8 +117,8 @@ class Source:
     def _load(self, key: SampleKey, by_dali: bool) -> Inputs:
         path = self.paths[key.index]
         verdict = self._verdicts.get(path)
-        if isinstance(verdict, media.BadFile):
-            raise verdict
+        if isinstance(verdict, str):
+            raise media.BadFile(verdict)
         data = media.read_bytes(path)
         return self.kind.load(data, verdict or self._check(path, data), key, by_dali)
 
@@ -116,7 +127,7 @@ class Source:
         try:
             self._verdicts[path] = self.kind.check(data)
         except media.BadFile as error:
-            self._verdicts[path] = error
+            self._verdicts[path] = str(error)
             raise
         return self._verdicts[path]
 
@@ -135,8 +146,14 @@ class Readers:
         self._sample, self._pool = _pool(source, threads, workers)
 
     def samples(self, keys: list[SampleKey], suspects: frozenset[str]) -> list[Sample]:
-        """The samples for `keys`, in that order."""
-        return list(self._pool.map(self._sample, keys, [suspects] * len(keys)))
+        """The samples for `keys`, in that order. Raises ChildProcessError when a worker process died."""
+        try:
+            return list(self._pool.map(self._sample, keys, [suspects] * len(keys)))
+        except BrokenExecutor as error:
+            raise ChildProcessError(
+                "a process that reads data died, perhaps for lack of memory; lower data.workers, or set it to 0 to "
+                "read inside the trainer"
+            ) from error
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -152,6 +169,16 @@ def _pool(source: Source, threads: int, workers: int) -> tuple[Any, Executor]:
 def _start_worker(source: Source) -> None:
     global _worker_source
     _worker_source = source
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A trainer that is killed outright cannot stop its workers; they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _worker_sample(key: SampleKey, suspects: frozenset[str]) -> Sample:
@@ -160,5 +187,5 @@ def _worker_sample(key: SampleKey, suspects: frozenset[str]) -> Sample:
 
 def to_columns(samples: list[Sample]) -> tuple[list[np.ndarray], ...]:
     """What `external_source` takes: a list for each field of Inputs, then one of int64 [3] (seed, epoch, index)."""
-    rows = [(*inputs, np.array([key.seed, key.epoch, key.index], dtype=np.int64)) for key, inputs, _ in samples]
+    rows = [(*inputs, np.array([key.seed, key.epoch, key.index], dtype=np.int64)) for (key, _), inputs in samples]
     return tuple(list(column) for column in zip(*rows, strict=True))

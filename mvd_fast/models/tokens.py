@@ -32,17 +32,33 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
+def _tube_view(video: Tensor, tubelet_size: int, patch_size: int) -> Tensor:
+    """video [B, C, T, H, W] seen as [B, gt, gh, gw, C, t, p, p]; nothing is copied."""
+    b, c, frames, height, width = video.shape
+    grid = frames // tubelet_size, height // patch_size, width // patch_size
+    x = video.view(b, c, grid[0], tubelet_size, grid[1], patch_size, grid[2], patch_size)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def _place(index: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token indices int64 [B, M] as positions in a [B, gt, gh, gw, ...] view."""
+    space = grid[1] * grid[2]
+    rows = torch.arange(len(index), device=index.device)[:, None]
+    return rows, index // space, index % space // grid[2], index % grid[2]
+
+
 def tubes(video: Tensor, tubelet_size: int, patch_size: int, index: Tensor | None = None) -> Tensor:
     """Pixels of the tubes of video [B, C, T, H, W] -> [B, M, C, t, p, p].
 
     All N tubes in token order (time, height, width), or those at index int64 [B, M]; only these are copied.
     """
-    b, c, frames, height, width = video.shape
-    grid = frames // tubelet_size, height // patch_size, width // patch_size
-    x = video.view(b, c, grid[0], tubelet_size, grid[1], patch_size, grid[2], patch_size)
-    x = x.permute(0, 2, 4, 6, 1, 3, 5, 7)  # [B, gt, gh, gw, C, t, p, p], a view
-    if index is None:
-        return x.flatten(1, 3)
-    space = grid[1] * grid[2]
-    rows = torch.arange(b, device=video.device)[:, None]
-    return x[rows, index // space, index % space // grid[2], index % grid[2]]
+    x = _tube_view(video, tubelet_size, patch_size)
+    return x.flatten(1, 3) if index is None else x[_place(index, x.shape[1:4])]
+
+
+def paste_tubes(video: Tensor, pixels: Tensor, index: Tensor, tubelet_size: int, patch_size: int) -> Tensor:
+    """A copy of video [B, C, T, H, W] with the tubes at index int64 [B, M] replaced by pixels [B, M, C, t, p, p]."""
+    pasted = video.clone(memory_format=torch.contiguous_format)
+    x = _tube_view(pasted, tubelet_size, patch_size)
+    x[_place(index, x.shape[1:4])] = pixels
+    return pasted

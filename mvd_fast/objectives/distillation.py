@@ -68,13 +68,13 @@ class DistillationObjective(nn.Module):
 
     def targets(self, video: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Both teachers' features at every token: ([B, N, C_image], [B, N, C_video]); None where the weight is 0."""
-        image = self._frame_features(video) if self.image_weight else None
+        image = self.frame_features(video) if self.image_weight else None
         clip = self.video_teacher(video) if self.video_weight else None
         if self.normalize_targets:
             image, clip = (x if x is None else F.layer_norm(x.float(), x.shape[-1:], eps=LN_EPS) for x in (image, clip))
         return image, clip
 
-    def _frame_features(self, video: Tensor) -> Tensor:
+    def frame_features(self, video: Tensor) -> Tensor:
         """The image teacher on the first frame of each tubelet, resized where it expects another size."""
         frames = video[:, :, :: self.tubelet_size].transpose(1, 2).flatten(0, 1)  # [B * T', 3, H, W]
         size = self.image_teacher.image_size

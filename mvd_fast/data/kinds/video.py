@@ -35,7 +35,7 @@ class VideoKind:
         frames = self.frames(facts, key)
         box, flip = self.crop.box(key, facts.width, facts.height), self.crop.flipped(key)
         if by_dali and facts.codec in self.dali_codecs and facts.pixel_format in media.PLAIN_FORMATS:
-            return Inputs.of_encoded(data, frames, box, flip)
+            return Inputs.of_encoded(*media.trimmed(data, frames, facts), box, flip)
         return Inputs.of_pixels(media.decode_frames(data, frames, facts), box, flip)
 
     def graph(self, inputs: Inputs, device: str) -> DataNode:

@@ -1,0 +1,1 @@
+"""What a pre-trained network is worth: features and probes."""

