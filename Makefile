@@ -50,7 +50,7 @@ clean:
 comma := ,
 # The first interpreter that runs and is new enough; a name on PATH may be a stub that does not run.
 define create_venv
-for python in $(PYTHON) python3.11 python3.12 python3 python3.13; do \
+for python in $(PYTHON) python3.11 python3.12 python3; do \
 	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && found=$$python && break; \
 	done; \
 	test -n "$$found" || { echo "mvd-fast needs Python 3.11 or newer, and found none (PYTHON=/path/to/python names one)"; exit 1; }; \

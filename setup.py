@@ -4,7 +4,7 @@ Builds with g++ and ninja, for any x86-64 processor (operators choose instructio
 * mvd_kernels._C              csrc/*.cpp      operators for the CPU
 * mvd_fast.data._dali_plugin  csrc/dali/*.cc  operators inside DALI pipelines; also for the GPU where nvcc is found
 
-MVD_FAST_NO_NATIVE=1 leaves both out; the operators then run as plain PyTorch.
+MVD_FAST_NO_NATIVE=1 leaves both out; the operators then run as plain PyTorch, and there is no training.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CUDA_HEADERS = {  # wheel: a header that DALI's headers need from it
     "cccl": "include/cccl/cuda/std/version",
 }
 NEEDED = {"torch": "torch", "nvidia.dali": "nvidia-dali-cuda130", "ninja": "ninja"}
-SKIP_HINT = "or set MVD_FAST_NO_NATIVE=1 to install without native code (slower)."
+SKIP_HINT = "or set MVD_FAST_NO_NATIVE=1 to install the operators as plain PyTorch; training needs the native code."
 
 
 def main() -> None:

@@ -162,9 +162,7 @@ def load(engine: Any, path: Path, precision: str) -> int:
     there = {"ranks": manifest.world_size, "ZeRO stage": manifest.zero_stage, "precision": manifest.precision}
     if here != there:
         different = ", ".join(f"{k} {there[k]} (this run: {here[k]})" for k in here if here[k] != there[k])
-        raise CheckpointError(
-            f"{path} was written with {different}; resume with the same, or start a new run from its {WEIGHTS}"
-        )
+        raise CheckpointError(f"{path} was written with {different}; resume with the same, or start a new run")
     engine.load_checkpoint(str(path.parent), tag=path.name)
     return manifest.update
 

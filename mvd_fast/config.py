@@ -60,6 +60,7 @@ class TeacherConfig(Strict):
 
     kind: str = Field(description="module of mvd_fast/teachers: mae, videomae, ...")
     checkpoint: str = Field(description="file with the teacher's weights: .pth or .safetensors")
+    precision: Precision | None = Field(None, description="of its weights and arithmetic; empty: the run's")
     image_size: PositiveInt = 224
     patch_size: PositiveInt = 16
     embed_dim: PositiveInt
@@ -97,6 +98,7 @@ class DataConfig(Strict):
     train: str = Field(description="list file (`path label` a line) or folder of class folders")
     root: str = Field("", description="folder that relative paths in the list start from; empty: the list's folder")
     sampling_rate: PositiveInt = Field(4, description="take every n-th frame")
+    clip: Literal["random", "center"] = Field("random", description="where in the video a clip starts")
     crop: Literal["multiscale", "random_resized", "center"] = Field(
         "multiscale", description="VideoMAE's multi-scale crop, MAE's random resized crop, or the largest centre square"
     )

@@ -94,7 +94,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="auto",
         metavar="{auto,never,PATH}",
-        help="auto: from the newest valid checkpoint of the run; never: refuse one; or a checkpoint's path",
+        help="auto: from the newest valid checkpoint of the run; never: start anew; or the path of one",
     )
     parser.add_argument("--run-dir", default="", metavar="FOLDER", help="where checkpoints and logs go")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)

@@ -22,6 +22,12 @@ from collections.abc import MutableMapping, Sequence  # noqa: E402
 
 from mvd_fast.config_file import ConfigError, add_train_arguments, config_from_arguments, missing_files  # noqa: E402
 
+# Rank, world size and local rank of a task of `srun` and of Open MPI's `mpirun`.
+TASK_VARIABLES = (
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains one config; 0 when the schedule is finished, 2 for a user's error, 143 after SIGTERM."""
@@ -29,19 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_train_arguments(parser)
     args = parser.parse_args(argv)
     try:
+        _adopt_ranks(os.environ)
         config = config_from_arguments(args)
         if missing := missing_files(config):
             raise ConfigError("\n".join(missing))
         return _run(config, args.resume)
     except ValueError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            sys.stderr.write(f"mvd-fast: error: {error}\n")
+        _complain(error)
         return 2
 
 
 def _run(config, resume: str) -> int:
     _quiet_logs()
-    _single_process_defaults()
     import deepspeed
     import torch.distributed as dist
 
@@ -51,7 +56,7 @@ def _run(config, resume: str) -> int:
     try:
         return 0 if Trainer(config, resume).fit() else 143
     except NonFiniteLossError as error:
-        sys.stderr.write(f"mvd-fast: error: {error}\n")
+        _complain(error)
         return 1
     finally:
         if dist.is_initialized():
@@ -76,14 +81,28 @@ def choose_accelerator(environment: MutableMapping[str, str]) -> None:
         environment.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _single_process_defaults() -> None:
-    """Without a launcher: one rank on this machine, on a free port."""
-    if "RANK" in os.environ:
+def _adopt_ranks(environment: MutableMapping[str, str]) -> None:
+    """Finds out which rank this is: told by a launcher, by srun or mpirun, or the only one, on a free port."""
+    if "RANK" in environment:
         return
+    for rank, size, local in TASK_VARIABLES:
+        if int(environment.get(size, 1)) > 1:
+            if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
+                raise ConfigError(
+                    f"this is one of {environment[size]} tasks, but MASTER_ADDR and MASTER_PORT are not set; export "
+                    "the first node's name and a free port before the tasks start"
+                )
+            environment.update(RANK=environment[rank], WORLD_SIZE=environment[size], LOCAL_RANK=environment[local])
+            return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _complain(error: Exception) -> None:
+    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    sys.stderr.write(f"mvd-fast: error{rank}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ from .data import build_loader
 from .files import write_text
 from .objectives import build_objective
 from .optim import build_optimizer, learning_rate, set_lr
+from .teachers import DTYPES
 from .telemetry import PhaseTimer, ProgressLine, RunLog, measure_peak
 
 log = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class NonFiniteLossError(RuntimeError):
@@ -54,6 +54,7 @@ class Trainer:
         self.total = config.optim.epochs * self.per_epoch
         self._build_engine()
         self.update = checkpoint.load(self.engine, start, config.precision) if start else 0
+        self._earlier = _read_summary(self.run_dir) if start else {}
         self.timer = PhaseTimer(self.device)
         self._watch_phases()
         self._stop = StopSignal(self.world_size)
@@ -87,11 +88,8 @@ class Trainer:
             config=deepspeed_config(config, self.micro, self.accumulation),
         )
         self.engine.checkpoint_engine = checkpoint.SafeTorchEngine(self.engine._config)
-        self.objective.to(self.device)
-        for name, child in self.objective.named_children():
-            if name != "model":  # teachers: in the run's precision, outside the engine
-                child.to(DTYPES[config.precision])
         self.objective.model = self.engine
+        self.objective.to(self.device)  # teachers: outside the engine
 
     def _watch_phases(self) -> None:
         for name, child in self.objective.named_children():
@@ -111,8 +109,6 @@ class Trainer:
                 finished = self._loop()
             if finished:
                 self._export()
-            if lead:
-                self._write_summary(finished)
             return finished
         finally:
             self._summarise_bad_files()
@@ -123,14 +119,16 @@ class Trainer:
     def _loop(self) -> bool:
         batches = self.loader.batches(self.update)
         self._window_start, self._window_first = time.perf_counter(), self.update
+        self._sums: dict[str, Tensor] = {}
         while self.update < self.total:
             set_lr(self.engine.optimizer, self._lr())
             last = self.update + 1 == self.total
             logged = last or (self.update + 1) % self.config.log.every == 0
-            parts = [self._micro_step(batches, number, logged) for number in range(self.accumulation)]
+            for number in range(self.accumulation):
+                self._accumulate(self._micro_step(batches, number, logged))
             self.update += 1
             if logged:
-                self._log(parts)
+                self._log()
             else:
                 self.progress.advance()
             stop = self._stop.requested() and not last
@@ -160,12 +158,17 @@ class Trainer:
             self.engine.step()
         return {name: value.detach() for name, value in out.items()}
 
+    def _accumulate(self, losses: dict[str, Tensor]) -> None:
+        """Adds to the sums of the logging window, on the device."""
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.float()
+
     def _stop_non_finite(self, value: float, batch: dict[str, Tensor]) -> None:
         good = checkpoint.newest_valid(self.run_dir)
         raise NonFiniteLossError(
             f"loss is {value} at update {self.update} on rank {self.rank}; the update was not made. "
             f"Samples: {', '.join(self.loader.names(batch['index']))}. Last good checkpoint: {good or 'none yet'}. "
-            "Look at these files, or resume with a lower optim.base_lr or precision fp32."
+            "Look at these files; resume with a lower optim.base_lr or with optim.clip_grad, or start anew in fp32."
         )
 
     def _is_save_due(self) -> bool:
@@ -174,43 +177,69 @@ class Trainer:
 
     def _save(self) -> Path:
         with self.timer.phase("checkpoint"):
-            weights = full_weights(self.engine, self._tables)
+            weights = self._full_weights()
             keep, precision = self.config.checkpoint.keep_last, self.config.precision
-            return checkpoint.save(self.engine, weights, self.run_dir, self.update, precision, keep)
+            path = checkpoint.save(self.engine, weights, self.run_dir, self.update, precision, keep)
+            self._write_summary(finished=self.update == self.total)
+            return path
+
+    def _full_weights(self) -> dict[str, Tensor]:
+        """The network's float32 weights on rank 0 (collective), refused on all ranks where they are not finite.
+
+        A finite loss may have gradients that are not; what they spoiled must not replace a good checkpoint.
+        """
+        weights, spoiled = full_weights(self.engine, self._tables, keep=self.rank == 0)
+        if spoiled:
+            good = checkpoint.newest_valid(self.run_dir)
+            raise NonFiniteLossError(
+                f"{len(spoiled)} parameters are not finite after update {self.update} ({spoiled[0]}, ...), so nothing "
+                f"was saved. Last good checkpoint: {good or 'none yet'}. Resume with a lower optim.base_lr or with "
+                "optim.clip_grad."
+            )
+        return weights
 
     def _export(self) -> None:
         """The trained network's weights, where the next stage looks for them."""
-        weights = full_weights(self.engine, self._tables)
+        weights = self._full_weights()
         if self.rank == 0:
             checkpoint.write_weights(weights, self.run_dir / checkpoint.WEIGHTS)
 
     def _write_summary(self, finished: bool) -> None:
+        """What was reached, and every file that was replaced, over all ranks and since the run's first start."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, (self.loader.bad_files, self.loader.replaced))
+        if self.rank:
+            return
+        bad_files = dict(self._earlier.get("bad_files", {}))
+        for files, _ in found:
+            bad_files |= files
         summary = {
             "finished": finished,
             "update": self.update,
             "updates": self.total,
             "parameters": self._parameters,
-            "replaced_samples": self.loader.replaced,
-            "bad_files": self.loader.bad_files,
+            "replaced_samples": self._earlier.get("replaced_samples", 0) + sum(replaced for _, replaced in found),
+            "bad_files": bad_files,
         }
         write_text(self.run_dir / SUMMARY, json.dumps(summary, indent=1))
 
-    def _log(self, parts: list[dict[str, Tensor]]) -> None:
-        losses = {k: torch.stack([p[k].float() for p in parts]).mean() for k in parts[0]}
-        mean = torch.stack(list(losses.values()))
+    def _log(self) -> None:
+        """One record: losses are means over the updates since the last one, over micro batches and ranks."""
+        names, updates = list(self._sums), self.update - self._window_first
+        mean = torch.stack(list(self._sums.values())) / (updates * self.accumulation * self.world_size)
+        self._sums = {}
         if self.world_size > 1:
             dist.all_reduce(mean)
-            mean /= self.world_size
         norm = self.engine.get_global_grad_norm() if self._norm is None else self._norm
         phases = self.timer.collect()
         now = time.perf_counter()
-        seconds, updates = now - self._window_start, self.update - self._window_first
+        seconds = now - self._window_start
         self._window_start, self._window_first = now, self.update
         clips = updates * self.config.batch.size
         record = {
             "update": self.update,
             "epoch": self.update / self.per_epoch,
-            **dict(zip(losses, mean.tolist(), strict=True)),
+            **dict(zip(names, mean.tolist(), strict=True)),
             "lr": learning_rate(self.update - 1, self.per_epoch, self.config.optim, self.config.batch.size),
             "grad_norm": None if norm is None else float(norm),
             "clips_per_second": clips / seconds,
@@ -326,6 +355,12 @@ def _warn_of_changes(config: RunConfig, run_dir: Path) -> None:
         log.warning("%s was started with other settings: %s", run_dir, ", ".join(changed))
 
 
+def _read_summary(run_dir: Path) -> dict[str, Any]:
+    """The summary that the newest checkpoint's save left; empty where there is none."""
+    file = run_dir / SUMMARY
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -340,13 +375,20 @@ def local_gradient_norm(engine: Any) -> Tensor | None:
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
-def full_weights(engine: Any, tables: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The network's float32 state dict from the optimiser's master weights, on the CPU (collective)."""
-    weights = {}
+def full_weights(engine: Any, tables: dict[str, Tensor], keep: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """The network's float32 state dict from the optimiser's master weights (collective), and what in it is not finite.
+
+    tables: frozen parameters in full precision. keep: whether this rank wants the weights; else they are dropped one
+    by one as they are gathered.
+    """
+    weights, spoiled = {}, []
     for name, parameter in engine.module.named_parameters():
-        value = tables[name] if name in tables else master_weight(parameter)
-        weights[name] = value.detach().float().cpu().contiguous().clone()
-    return weights
+        value = (tables[name] if name in tables else master_weight(parameter)).detach()
+        if not value.isfinite().all():
+            spoiled.append(name)
+        if keep:
+            weights[name] = value.to("cpu", torch.float32, copy=True).contiguous()
+    return weights, spoiled
 
 
 def master_weight(parameter: torch.nn.Parameter) -> Tensor:

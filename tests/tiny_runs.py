@@ -48,7 +48,8 @@ def config(inputs: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         "optim": {"base_lr": 0.03, "epochs": 2, "warmup_epochs": 1},
         "log": {"every": 1, "tensorboard": False},
         "checkpoint": {"every_updates": 2},
-        "deepspeed": {"zero_optimization": {"stage": 0}},
+        # Threshold 0: stage 3 partitions even these small tensors.
+        "deepspeed": {"zero_optimization": {"stage": 0, "stage3_param_persistence_threshold": 0}},
     }
     return {**base, **changes}
 

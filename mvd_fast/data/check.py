@@ -132,7 +132,7 @@ def _size_advice(videos: list[FileFacts]) -> list[str]:
 def _commands() -> list[str]:
     scale = f"-vf \"scale='if(gt(iw,ih),-2,{SHORT_SIDE[0]})':'if(gt(iw,ih),{SHORT_SIDE[0]},-2)'\""
     vp9 = f"-c:v libvpx-vp9 -crf 28 -b:v 0 -g {LONG_GOP} -cpu-used 4 -row-mt 1"
-    h264 = f"-c:v libx264 -crf 20 -g {LONG_GOP} -pix_fmt yuv420p -movflags +faststart"
+    h264 = f"-c:v libx264 -crf 20 -bf 0 -g {LONG_GOP} -pix_fmt yuv420p -movflags +faststart"
     return [
         f"for training on a CPU: ffmpeg -i IN -an {scale} {vp9} -pix_fmt yuv420p OUT.webm",
         f"for training on a GPU: ffmpeg -i IN -an {scale} {h264} OUT.mp4",

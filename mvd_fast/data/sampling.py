@@ -106,6 +106,12 @@ def random_clip(key: SampleKey, video_frames: int, num_frames: int, rate: int) -
     return clip_indices(video_frames, num_frames, rate, start)
 
 
+def center_clip(video_frames: int, num_frames: int, rate: int) -> np.ndarray:
+    """`clip_indices` from the middle one of all starts: the single view of an evaluation."""
+    start = (start_choices(video_frames, num_frames, rate) - 1) // 2
+    return clip_indices(video_frames, num_frames, rate, start)
+
+
 def random_frame(key: SampleKey, video_frames: int) -> np.ndarray:
     """One frame of the video, int32 [1], uniform over all of them."""
     return np.array([key.draws(Purpose.FRAMES).below(video_frames)], dtype=np.int32)

@@ -169,7 +169,8 @@ def _pool(source: Source, threads: int, workers: int) -> tuple[Any, Executor]:
 def _start_worker(source: Source) -> None:
     global _worker_source
     _worker_source = source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # the trainer's to handle: it may still want batches to save
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -6,16 +6,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+DEFAULT_OUT = {"full": "runs/demo", "quick": "runs/demo-quick"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; what an earlier call finished is skipped, what it left half done is resumed."""
     parser = argparse.ArgumentParser("mvd-fast demo", description=__doc__)
     parser.add_argument("--size", choices=("full", "quick"), default="full")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
     from mvd_fast.demo.run import run_demo
 
-    run_demo(args.out, args.size, args.seed)
+    run_demo(args.out or Path(DEFAULT_OUT[args.size]), args.size, args.seed)
     return 0

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.progress import Progress
 
@@ -29,6 +31,7 @@ from mvd_fast.train import choose_accelerator
 
 RUNS = ("image_teacher", "video_teacher", "student")
 RESUMABLE = 143  # exit status of a training that SIGTERM stopped after saving
+SAVING_TIME = 60.0  # seconds that an interrupted training has to save
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,10 @@ class Demo:
             command += ["--set", override]
         environment = dict(os.environ)
         choose_accelerator(environment)
+        # So small a network gains nothing from a second thread; the decoder has the other half of the cores.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
         start = time.monotonic()
-        status = subprocess.run(command, check=False, env=environment).returncode
+        status = _run_interruptibly(command, environment)
         if status:
             title = name.replace("_", " ")
             spent = self.phases.get(title, {}).get("partial_seconds", 0.0) + time.monotonic() - start
@@ -202,6 +207,24 @@ class Demo:
             },
             "phases": list(self.phases.values()),
         }
+
+
+def _run_interruptibly(command: list[str], environment: dict[str, str]) -> int:
+    """Runs a command whose processes get one SIGTERM, and the time to save, when we are interrupted."""
+    # A session of its own: Ctrl-C then reaches us alone, and the launcher lives on to see its processes end.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(RESUMABLE))
+    try:
+        return process.wait()
+    except (KeyboardInterrupt, SystemExit):
+        family = psutil.Process(process.pid).children(recursive=True)
+        for child in family:
+            if not child.children():  # a training process, not one that launches
+                child.terminate()
+        psutil.wait_procs(family, timeout=SAVING_TIME)
+        return RESUMABLE
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _summary(run_dir: Path) -> dict[str, Any]:

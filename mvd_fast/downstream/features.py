@@ -33,12 +33,12 @@ class ClipFeatures:
 def clip_features(
     networks: Mapping[str, Network], config: RunConfig, clips: str, device: torch.device, batch: int = 64
 ) -> ClipFeatures:
-    """Runs every clip of the list `clips` once, its view being the one of epoch 0, through all networks.
+    """Runs the centre clip of every video of the list `clips` once through all networks.
 
     config: the run whose data settings and model shape are used. All clips are seen: the batch is lowered to a
     divisor of their number.
     """
-    data = config.data.model_copy(update={"train": clips})
+    data = config.data.model_copy(update={"train": clips, "clip": "center"})
     batch = math.gcd(len(read_dataset(clips, data.root)), batch)
     loader = build_loader(config.model_copy(update={"data": data}), 0, 1, device, batch, 1)
     pooled: dict[str, list[Tensor]] = {name: [] for name in networks}

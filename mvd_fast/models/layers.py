@@ -106,6 +106,7 @@ class TubeletEmbed(nn.Module):
         super().__init__()
         tube = (tubelet_size, patch_size, patch_size)
         self.tubelet_size, self.patch_size = tubelet_size, patch_size
+        self.pixels = 3 * tubelet_size * patch_size**2  # values of one tube
         self.proj = nn.Conv3d(3, embed_dim, kernel_size=tube, stride=tube)
 
     def forward(self, video: Tensor, index: Tensor | None = None) -> Tensor:

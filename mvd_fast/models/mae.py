@@ -31,6 +31,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, embed_dim: int, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.pixels = 3 * patch_size**2  # values of one patch
         self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
@@ -90,7 +91,7 @@ class ImageTeacher(nn.Module):
 
     def encoder_flops(self, num_tokens: int) -> float:
         """Forward FLOP per image with `num_tokens` patches (the cls token comes on top)."""
-        embed = linear_flops(num_tokens, self.patch_embed.proj.weight[0].numel(), self.embed_dim)
+        embed = linear_flops(num_tokens, self.patch_embed.pixels, self.embed_dim)
         return embed + len(self.blocks) * block_flops(num_tokens + 1, self.embed_dim)
 
     def flops(self) -> float:

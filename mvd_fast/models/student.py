@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -95,8 +97,8 @@ class MaskedVideoStudent(nn.Module):
 
     def flops(self, num_visible: int) -> float:
         """Forward FLOP per clip with `num_visible` tokens visible."""
-        tokens = self.pos_embed.shape[1]
-        total = linear_flops(num_visible, self.patch_embed.proj.weight[0].numel(), self.embed_dim)
+        tokens = math.prod(self.grid)
+        total = linear_flops(num_visible, self.patch_embed.pixels, self.embed_dim)
         total += len(self.blocks) * block_flops(num_visible, self.embed_dim)
         for branch in BRANCHES:
             decoder: Decoder = getattr(self, f"decoder_{branch}")

@@ -62,7 +62,7 @@ class VideoEncoder(nn.Module):
 
     def flops(self, num_tokens: int) -> float:
         """Forward FLOP per clip on `num_tokens` tokens."""
-        embed = linear_flops(num_tokens, self.patch_embed.proj.weight[0].numel(), self.embed_dim)
+        embed = linear_flops(num_tokens, self.patch_embed.pixels, self.embed_dim)
         return embed + len(self.blocks) * block_flops(num_tokens, self.embed_dim)
 
 
@@ -155,7 +155,7 @@ class VideoMAE(nn.Module):
 
     def training_flops(self, num_visible: int) -> float:
         """Forward FLOP per clip when `num_visible` tokens are seen."""
-        tokens, dim = self.encoder.num_tokens, self.mask_token.shape[-1]
+        tokens, dim = self.encoder.num_tokens, self.encoder_to_decoder.out_features
         decoder = linear_flops(num_visible, self.encoder.embed_dim, dim)
         decoder += len(self.decoder.blocks) * block_flops(tokens, dim)
         decoder += linear_flops(tokens - num_visible, dim, self.decoder.head.out_features)

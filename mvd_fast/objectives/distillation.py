@@ -96,8 +96,8 @@ def build(config: RunConfig) -> DistillationObjective:
     assert config.teachers.image is not None and config.teachers.video is not None, "checked when the config is loaded"
     objective = DistillationObjective(
         build_model(config.model, config.teachers),
-        build_teacher(config.teachers.image, config.model),
-        build_teacher(config.teachers.video, config.model),
+        build_teacher(config.teachers.image, config.model, config.precision),
+        build_teacher(config.teachers.video, config.model, config.precision),
         image_weight=config.objective.image_weight,
         video_weight=config.objective.video_weight,
         normalize_targets=config.objective.normalize_targets,

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from importlib import import_module
 
+import torch
 from torch import nn
 
-from mvd_fast.config import ModelConfig, TeacherConfig
+from mvd_fast.config import ModelConfig, Precision, TeacherConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_teacher(config: TeacherConfig, model: ModelConfig) -> nn.Module:
-    """The teacher with its weights loaded, float32, eval mode, no gradients."""
+def build_teacher(config: TeacherConfig, model: ModelConfig, precision: Precision = "fp32") -> nn.Module:
+    """The teacher with its weights loaded, in its own precision or else in `precision`, eval mode, no gradients."""
     teacher = import_module(f"mvd_fast.teachers.{config.kind}").build(config, model)
-    return teacher.eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False).to(DTYPES[config.precision or precision])

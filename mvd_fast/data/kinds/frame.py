@@ -32,6 +32,7 @@ def build(config: RunConfig, on_gpu: bool) -> FrameKind:
     return FrameKind(
         num_frames=1,
         sampling_rate=1,
+        centered=False,
         crop=crops.from_config(config),
         dali_codecs=media.DALI_GPU_CODECS if on_gpu else media.DALI_CPU_CODECS,
     )

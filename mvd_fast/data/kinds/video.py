@@ -11,7 +11,7 @@ from nvidia.dali.pipeline import DataNode
 from mvd_fast.config import RunConfig
 from mvd_fast.data import crops, media
 from mvd_fast.data.kinds import Inputs
-from mvd_fast.data.sampling import SampleKey, random_clip
+from mvd_fast.data.sampling import SampleKey, center_clip, random_clip
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class VideoKind:
 
     num_frames: int
     sampling_rate: int
+    centered: bool
     crop: crops.Crop
     dali_codecs: frozenset[str]
     output: str = "video"
@@ -29,6 +30,8 @@ class VideoKind:
         return media.probe_video(data)
 
     def frames(self, facts: media.VideoInfo, key: SampleKey) -> np.ndarray:
+        if self.centered:
+            return center_clip(facts.frames, self.num_frames, self.sampling_rate)
         return random_clip(key, facts.frames, self.num_frames, self.sampling_rate)
 
     def load(self, data: np.ndarray, facts: media.VideoInfo, key: SampleKey, by_dali: bool) -> Inputs:
@@ -58,6 +61,7 @@ def build(config: RunConfig, on_gpu: bool) -> VideoKind:
     return VideoKind(
         num_frames=config.model.num_frames,
         sampling_rate=config.data.sampling_rate,
+        centered=config.data.clip == "center",
         crop=crops.from_config(config),
         dali_codecs=media.DALI_GPU_CODECS if on_gpu else media.DALI_CPU_CODECS,
     )
