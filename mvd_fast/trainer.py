@@ -326,9 +326,13 @@ class StopSignal:
 
 def deepspeed_config(config: RunConfig, micro: int, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's own config: the run's `deepspeed` block plus what the run's fields decide."""
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    # Many bf16 gradients summed in bf16 lose their small parts; ZeRO 0 knows no other way.
+    sum_in_fp32 = config.precision == "bf16" and accumulation > 1 and stage > 0
     return {
         # ZeRO-Offload with torch's AdamW is the user's choice, not an error.
         "zero_force_ds_cpu_optimizer": False,
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if sum_in_fp32 else {}),
         **copy.deepcopy(config.deepspeed),
         "train_batch_size": config.batch.size,
         "train_micro_batch_size_per_gpu": micro,
