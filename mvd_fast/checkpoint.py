@@ -74,11 +74,17 @@ def folder(run_dir: str | Path) -> Path:
 
 
 def save(
-    engine: Any, weights: dict[str, torch.Tensor], run_dir: str | Path, update: int, precision: str, keep: int
+    engine: Any,
+    weights: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    run_dir: str | Path,
+    update: int,
+    precision: str,
+    keep: int,
 ) -> Path:
     """Writes the checkpoint of `update` (collective: every rank calls it) and removes all but the newest `keep`.
 
-    weights: the network's full float32 state dict, used on rank 0.
+    weights: the network's full float32 state dict, used on rank 0. state: plain values of the trainer's own, rank 0's.
     """
     root, name = folder(run_dir), f"{PREFIX}{update:08d}"
     hidden, final = root / (HIDDEN + name), root / name
@@ -86,7 +92,7 @@ def save(
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(hidden, ignore_errors=True)
     _barrier()
-    engine.save_checkpoint(str(root), tag=hidden.name, client_state={"update": update}, save_latest=False)
+    engine.save_checkpoint(str(root), tag=hidden.name, client_state={"trainer": state}, save_latest=False)
     _barrier()
     if engine.global_rank == 0:
         save_file(weights, hidden / WEIGHTS)
@@ -155,16 +161,16 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
-def load(engine: Any, path: Path, precision: str) -> int:
-    """Restores the engine (collective) and returns the number of updates done. `path` was verified before."""
+def load(engine: Any, path: Path, precision: str) -> tuple[int, dict[str, Any]]:
+    """Restores the engine (collective); returns (updates done, the trainer's state). `path` was verified before."""
     manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
     here = {"ranks": _world_size(), "ZeRO stage": int(engine.zero_optimization_stage()), "precision": precision}
     there = {"ranks": manifest.world_size, "ZeRO stage": manifest.zero_stage, "precision": manifest.precision}
     if here != there:
         different = ", ".join(f"{k} {there[k]} (this run: {here[k]})" for k in here if here[k] != there[k])
         raise CheckpointError(f"{path} was written with {different}; resume with the same, or start a new run")
-    engine.load_checkpoint(str(path.parent), tag=path.name)
-    return manifest.update
+    _, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
+    return manifest.update, client_state["trainer"]
 
 
 def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:

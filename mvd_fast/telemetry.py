@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
 from .files import write_text
 
@@ -81,6 +81,37 @@ class PhaseTimer:
             totals[name] += start.elapsed_time(end) / 1000 if self.cuda else end - start
         self._spans.clear()
         return dict(totals)
+
+
+class LossWindow:
+    """Losses since the last log line, summed on the device; a checkpoint carries them over an interruption."""
+
+    def __init__(self, update: int) -> None:
+        self._open(update)
+
+    def _open(self, update: int) -> None:
+        self.first = update  # updates done when the window opened
+        self._sums: dict[str, Tensor] = {}
+        self._opened = time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Adds one micro batch's losses, scalars."""
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+
+    def close(self, update: int, micro_batches: int) -> tuple[dict[str, Tensor], float]:
+        """(sums divided by `micro_batches`, seconds that the window was open); opens the next one."""
+        means = {name: value / micro_batches for name, value in self._sums.items()}
+        seconds = time.perf_counter() - self._opened
+        self._open(update)
+        return means, seconds
+
+    def state(self) -> dict[str, Any]:
+        return {"first": self.first, "sums": {name: float(value) for name, value in self._sums.items()}}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        self.first = state["first"]
+        self._sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
 
 
 class RunLog:

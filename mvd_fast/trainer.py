@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .files import write_text
 from .objectives import build_objective
 from .optim import build_optimizer, learning_rate, set_lr
 from .teachers import DTYPES
-from .telemetry import PhaseTimer, ProgressLine, RunLog, measure_peak
+from .telemetry import LossWindow, PhaseTimer, ProgressLine, RunLog, measure_peak
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +52,11 @@ class Trainer:
         self.per_epoch = self.loader.updates_per_epoch
         self.total = config.optim.epochs * self.per_epoch
         self._build_engine()
-        self.update = checkpoint.load(self.engine, start, config.precision) if start else 0
-        self._earlier = _read_summary(self.run_dir) if start else {}
+        self.update, self._earlier, self.window = 0, {}, LossWindow(0)
+        if start:
+            self.update, window = checkpoint.load(self.engine, start, config.precision)
+            self.window.restore(window, self.device)
+            self._earlier = _read_summary(self.run_dir)
         self.timer = PhaseTimer(self.device)
         self._watch_phases()
         self._stop = StopSignal(self.world_size)
@@ -109,6 +111,7 @@ class Trainer:
                 finished = self._loop()
             if finished:
                 self._export()
+            self._write_summary(finished)
             return finished
         finally:
             self._summarise_bad_files()
@@ -118,14 +121,12 @@ class Trainer:
 
     def _loop(self) -> bool:
         batches = self.loader.batches(self.update)
-        self._window_start, self._window_first = time.perf_counter(), self.update
-        self._sums: dict[str, Tensor] = {}
         while self.update < self.total:
-            set_lr(self.engine.optimizer, self._lr())
+            set_lr(self.engine.optimizer, self._lr(self.update))
             last = self.update + 1 == self.total
             logged = last or (self.update + 1) % self.config.log.every == 0
             for number in range(self.accumulation):
-                self._accumulate(self._micro_step(batches, number, logged))
+                self.window.add(self._micro_step(batches, number, logged))
             self.update += 1
             if logged:
                 self._log()
@@ -138,8 +139,8 @@ class Trainer:
                 return False
         return True
 
-    def _lr(self) -> float:
-        return learning_rate(self.update, self.per_epoch, self.config.optim, self.config.batch.size)
+    def _lr(self, update: int) -> float:
+        return learning_rate(update, self.per_epoch, self.config.optim, self.config.batch.size)
 
     def _micro_step(self, batches: Any, number: int, logged: bool) -> dict[str, Tensor]:
         with self.timer.phase("data"):
@@ -156,12 +157,7 @@ class Trainer:
             self._norm = local_gradient_norm(self.engine)
         with self.timer.phase("optimizer"):
             self.engine.step()
-        return {name: value.detach() for name, value in out.items()}
-
-    def _accumulate(self, losses: dict[str, Tensor]) -> None:
-        """Adds to the sums of the logging window, on the device."""
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.float()
+        return out
 
     def _stop_non_finite(self, value: float, batch: dict[str, Tensor]) -> None:
         good = checkpoint.newest_valid(self.run_dir)
@@ -175,13 +171,12 @@ class Trainer:
         every = self.config.checkpoint.every_updates or self.per_epoch
         return self.update % every == 0
 
-    def _save(self) -> Path:
+    def _save(self) -> None:
         with self.timer.phase("checkpoint"):
-            weights = self._full_weights()
+            weights, window = self._full_weights(), self.window.state()
             keep, precision = self.config.checkpoint.keep_last, self.config.precision
-            path = checkpoint.save(self.engine, weights, self.run_dir, self.update, precision, keep)
+            checkpoint.save(self.engine, weights, window, self.run_dir, self.update, precision, keep)
             self._write_summary(finished=self.update == self.total)
-            return path
 
     def _full_weights(self) -> dict[str, Tensor]:
         """The network's float32 weights on rank 0 (collective), refused on all ranks where they are not finite.
@@ -225,22 +220,19 @@ class Trainer:
 
     def _log(self) -> None:
         """One record: losses are means over the updates since the last one, over micro batches and ranks."""
-        names, updates = list(self._sums), self.update - self._window_first
-        mean = torch.stack(list(self._sums.values())) / (updates * self.accumulation * self.world_size)
-        self._sums = {}
+        updates = self.update - self.window.first
+        losses, seconds = self.window.close(self.update, updates * self.accumulation)
+        mean = torch.stack(list(losses.values())) / self.world_size
         if self.world_size > 1:
             dist.all_reduce(mean)
         norm = self.engine.get_global_grad_norm() if self._norm is None else self._norm
         phases = self.timer.collect()
-        now = time.perf_counter()
-        seconds = now - self._window_start
-        self._window_start, self._window_first = now, self.update
         clips = updates * self.config.batch.size
         record = {
             "update": self.update,
             "epoch": self.update / self.per_epoch,
-            **dict(zip(names, mean.tolist(), strict=True)),
-            "lr": learning_rate(self.update - 1, self.per_epoch, self.config.optim, self.config.batch.size),
+            **dict(zip(losses, mean.tolist(), strict=True)),
+            "lr": self._lr(self.update - 1),
             "grad_norm": None if norm is None else float(norm),
             "clips_per_second": clips / seconds,
             "data_wait_share": phases.get("data", 0.0) / seconds,
