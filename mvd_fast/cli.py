@@ -47,15 +47,9 @@ def _doctor(argv: Arguments) -> int | None:
 
 
 def _demo(argv: Arguments) -> int | None:
-    parser = argparse.ArgumentParser(f"{PROGRAM} demo", description=COMMANDS["demo"].summary)
-    parser.add_argument("--size", choices=("full", "quick"), default="full", help="quick: a few minutes, for CI")
-    parser.add_argument("--out", metavar="FOLDER", help="where everything goes (runs/demo; quick: runs/demo-quick)")
-    parser.add_argument("--seed", type=int, default=0, help="of the video set and of all three trainings (%(default)s)")
-    chosen = parser.parse_args(argv)
     from mvd_fast.demo import main as demo
 
-    out = ["--out", chosen.out] if chosen.out else []
-    return demo(["--size", chosen.size, "--seed", str(chosen.seed), *out])
+    return demo(argv)
 
 
 def _data(argv: Arguments) -> int | None:

@@ -149,7 +149,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match="disk full"):
         save_index(str(target), {"b": FileFacts(1, 2)})
     assert target.read_text() == before
     assert os.listdir(tmp_path) == ["list.index.json"]

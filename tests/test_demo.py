@@ -87,7 +87,7 @@ def test_similarity_of_time_slices() -> None:
     slices[0, 0, :, 0] = slices[0, 1, :, 1] = 2.0
     slices[0, 2] = -slices[0, 0]
     expected = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 1.0]])
-    torch.testing.assert_close(slice_similarity(slices), expected)
+    torch.testing.assert_close(slice_similarity(slices), expected.double())
 
 
 def test_probe_reads_what_is_linear_and_nothing_from_noise() -> None:

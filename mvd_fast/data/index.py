@@ -109,7 +109,7 @@ def write_whole(path: str, text: str) -> None:
         write_text(path, text)
     except OSError as error:
         raise ValueError(
-            f"{path} cannot be written ({error.strerror}); copy the list to a folder of your own"
+            f"{path} cannot be written ({error.strerror or error}); copy the list to a folder of your own"
         ) from error
 
 

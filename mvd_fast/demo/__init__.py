@@ -12,9 +12,11 @@ DEFAULT_OUT = {"full": "runs/demo", "quick": "runs/demo-quick"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; what an earlier call finished is skipped, what it left half done is resumed."""
     parser = argparse.ArgumentParser("mvd-fast demo", description=__doc__)
-    parser.add_argument("--size", choices=("full", "quick"), default="full")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", choices=tuple(DEFAULT_OUT), default="full", help="quick: a few minutes, for CI")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where everything goes (runs/demo; quick: runs/demo-quick)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the clips and all three trainings (%(default)s)")
     args = parser.parse_args(argv)
 
     from mvd_fast.demo.run import run_demo

@@ -56,14 +56,14 @@ def clip_features(
     return ClipFeatures(
         torch.cat(index).cpu().numpy(),
         {name: torch.cat(parts).cpu().numpy() for name, parts in pooled.items()},
-        {name: matrix.double().cpu().numpy() for name, matrix in similarity.items()},
+        {name: matrix.cpu().numpy() for name, matrix in similarity.items()},
     )
 
 
 def slice_similarity(slices: Tensor) -> Tensor:
-    """Mean cosine similarity between the features of two time slices at the same place: [B, T', S, C] -> [T', T'].
+    """Mean cosine similarity between the features of two time slices at the same place: [B, T', S, C] -> float64 [T', T'].
 
     The paper's figure that sets image and video teachers apart (Wang et al. 2023, figure 1 and section 3.3).
     """
-    unit = F.normalize(slices, dim=-1)
+    unit = F.normalize(slices.double(), dim=-1)
     return torch.einsum("btsc,busc->tu", unit, unit) / (unit.shape[0] * unit.shape[2])
