@@ -43,9 +43,12 @@ class Size:
     changes: dict[str, dict[str, int]]
 
 
+QUICK = {"optim.warmup_epochs": 1, "log.every": 10}
 SIZES = {
     "full": Size(4000, 1000, {name: {} for name in RUNS}),
-    "quick": Size(640, 160, {name: {"optim.epochs": 3, "optim.warmup_epochs": 1} for name in RUNS}),
+    "quick": Size(
+        640, 160, {name: {**QUICK, "optim.epochs": epochs} for name, epochs in zip(RUNS, (12, 3, 3), strict=True)}
+    ),
 }
 
 

@@ -61,7 +61,7 @@ def clip_features(
 
 
 def slice_similarity(slices: Tensor) -> Tensor:
-    """Mean cosine similarity between the features of two time slices at the same place: [B, T', S, C] -> float64 [T', T'].
+    """Mean cosine similarity of two time slices' features at the same place: [B, T', S, C] -> float64 [T', T'].
 
     The paper's figure that sets image and video teachers apart (Wang et al. 2023, figure 1 and section 3.3).
     """
