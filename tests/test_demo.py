@@ -14,6 +14,7 @@ import pytest
 import tiny_runs
 import torch
 
+from mvd_fast import checkpoint
 from mvd_fast.config_file import load_config
 from mvd_fast.demo import digits
 from mvd_fast.downstream.features import clip_features, slice_similarity
@@ -101,7 +102,8 @@ def test_probe_reads_what_is_linear_and_nothing_from_noise() -> None:
 
 
 def test_the_quick_demo_from_nothing_to_the_report(tmp_path: Path) -> None:
-    """Every phase runs by the real launcher; a second call skips them all; another seed is sent elsewhere."""
+    """Interrupted in its first training it saves; called again it goes on, each phase by the real launcher; a third
+    call skips all phases; another seed is sent elsewhere."""
     out = tmp_path / "demo"
     command = [str(Path(sys.executable).with_name("mvd-fast")), "demo", "--size", "quick", "--out", str(out)]
     environment = {**tiny_runs.environment(), "OMP_NUM_THREADS": "2"}
@@ -110,6 +112,17 @@ def test_the_quick_demo_from_nothing_to_the_report(tmp_path: Path) -> None:
         return subprocess.run(
             [*command, *options], env=environment, capture_output=True, text=True, timeout=DEMO_TIMEOUT
         )
+
+    interrupted = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = out / "image_teacher" / "log.jsonl"
+    while not (log.exists() and log.read_text()):
+        assert interrupted.poll() is None, interrupted.communicate()
+        time.sleep(0.05)
+    interrupted.terminate()
+    _, errors = interrupted.communicate(timeout=DEMO_TIMEOUT)
+    assert interrupted.returncode == 2 and "was stopped after saving" in errors
+    saved = checkpoint.newest_valid(out / "image_teacher")
+    assert saved is not None and not (out / "image_teacher" / "model.safetensors").exists()
 
     first = demo()
     assert first.returncode == 0, first.stdout + first.stderr
