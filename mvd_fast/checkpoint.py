@@ -25,11 +25,11 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import save_file
 
-from .files import fsync, write_text, written_aside
+from .files import WEIGHTS, fsync, write_text, written_aside
 
 log = logging.getLogger(__name__)
 
-PREFIX, HIDDEN, MANIFEST, WEIGHTS = "update-", ".writing-", "manifest.json", "model.safetensors"
+PREFIX, HIDDEN, MANIFEST = "update-", ".writing-", "manifest.json"
 FORMAT = 1
 # Everything but tensors and plain containers that DeepSpeed's state files hold.
 TRUSTED_CLASSES = [

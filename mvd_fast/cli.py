@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from mvd_fast.errors import is_users_to_mend
+
 if TYPE_CHECKING:
     from mvd_fast.config import RunConfig
 
@@ -17,7 +19,8 @@ Arguments = list[str]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status.
 
-    A `ValueError` is the user's to mend: its sentence goes to stderr and the status is 2. Others keep their traceback.
+    A `ValueError` of ours is the user's to mend: its sentence goes to stderr and the status is 2. Others keep their
+    traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
@@ -29,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = _choose(COMMANDS, chosen.command, "subcommand")
         return command.run(argv[1:]) or 0
     except ValueError as error:
+        if not is_users_to_mend(error):
+            raise
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
 

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# What a finished run leaves in its folder, for the next stage and for readers.
+WEIGHTS = "model.safetensors"
+SUMMARY = "summary.json"
+
 
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,8 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from .files import write_text
-
-log = logging.getLogger(__name__)
 
 # Seconds between two lines where there is no terminal to redraw.
 QUIET_INTERVAL = 20.0
@@ -91,27 +88,24 @@ class LossWindow:
 
     def _open(self, update: int) -> None:
         self.first = update  # updates done when the window opened
-        self._sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}  # of this rank, over micro batches
         self._opened = time.perf_counter()
 
     def add(self, losses: dict[str, Tensor]) -> None:
         """Adds one micro batch's losses, scalars."""
         for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
 
-    def close(self, update: int, micro_batches: int) -> tuple[dict[str, Tensor], float]:
-        """(sums divided by `micro_batches`, seconds that the window was open); opens the next one."""
-        means = {name: value / micro_batches for name, value in self._sums.items()}
-        seconds = time.perf_counter() - self._opened
+    def close(self, update: int) -> tuple[dict[str, Tensor], float]:
+        """(sums, seconds that the window was open); opens the next one."""
+        sums, seconds = self.sums, time.perf_counter() - self._opened
         self._open(update)
-        return means, seconds
-
-    def state(self) -> dict[str, Any]:
-        return {"first": self.first, "sums": {name: float(value) for name, value in self._sums.items()}}
+        return sums, seconds
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Goes on with a window that a checkpoint holds: `first`, and the ranks' mean `sums`."""
         self.first = state["first"]
-        self._sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
+        self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
 
 
 class RunLog:

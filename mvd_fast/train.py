@@ -21,6 +21,7 @@ import socket  # noqa: E402
 from collections.abc import MutableMapping, Sequence  # noqa: E402
 
 from mvd_fast.config_file import ConfigError, add_train_arguments, config_from_arguments, missing_files  # noqa: E402
+from mvd_fast.errors import is_users_to_mend  # noqa: E402
 
 # Rank, world size and local rank of a task of `srun` and of Open MPI's `mpirun`.
 TASK_VARIABLES = (
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("\n".join(missing))
         return _run(config, args.resume)
     except ValueError as error:
+        if not is_users_to_mend(error):
+            raise
         _complain(error)
         return 2
 

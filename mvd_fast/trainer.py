@@ -20,15 +20,13 @@ from . import checkpoint
 from .config import RunConfig
 from .config_file import check_batch, save_config
 from .data import build_loader
-from .files import write_text
+from .files import SUMMARY, WEIGHTS, write_text
 from .objectives import build_objective
 from .optim import build_optimizer, learning_rate, set_lr
 from .teachers import DTYPES
 from .telemetry import LossWindow, PhaseTimer, ProgressLine, RunLog, measure_peak
 
 log = logging.getLogger(__name__)
-
-SUMMARY = "summary.json"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -173,7 +171,8 @@ class Trainer:
 
     def _save(self) -> None:
         with self.timer.phase("checkpoint"):
-            weights, window = self._full_weights(), self.window.state()
+            weights = self._full_weights()
+            window = {"first": self.window.first, "sums": self._over_ranks(self.window.sums)}
             keep, precision = self.config.checkpoint.keep_last, self.config.precision
             checkpoint.save(self.engine, weights, window, self.run_dir, self.update, precision, keep)
             self._write_summary(finished=self.update == self.total)
@@ -197,7 +196,15 @@ class Trainer:
         """The trained network's weights, where the next stage looks for them."""
         weights = self._full_weights()
         if self.rank == 0:
-            checkpoint.write_weights(weights, self.run_dir / checkpoint.WEIGHTS)
+            checkpoint.write_weights(weights, self.run_dir / WEIGHTS)
+
+    def _over_ranks(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the ranks, fetched from the device in one go (collective)."""
+        if not losses:
+            return {}
+        mean = torch.stack(list(losses.values())) / self.world_size
+        dist.all_reduce(mean)
+        return dict(zip(losses, mean.tolist(), strict=True))
 
     def _write_summary(self, finished: bool) -> None:
         """What was reached, and every file that was replaced, over all ranks and since the run's first start."""
@@ -221,17 +228,15 @@ class Trainer:
     def _log(self) -> None:
         """One record: losses are means over the updates since the last one, over micro batches and ranks."""
         updates = self.update - self.window.first
-        losses, seconds = self.window.close(self.update, updates * self.accumulation)
-        mean = torch.stack(list(losses.values())) / self.world_size
-        if self.world_size > 1:
-            dist.all_reduce(mean)
+        sums, seconds = self.window.close(self.update)
+        losses = {name: value / (updates * self.accumulation) for name, value in self._over_ranks(sums).items()}
         norm = self.engine.get_global_grad_norm() if self._norm is None else self._norm
         phases = self.timer.collect()
         clips = updates * self.config.batch.size
         record = {
             "update": self.update,
             "epoch": self.update / self.per_epoch,
-            **dict(zip(losses, mean.tolist(), strict=True)),
+            **losses,
             "lr": self._lr(self.update - 1),
             "grad_norm": None if norm is None else float(norm),
             "clips_per_second": clips / seconds,

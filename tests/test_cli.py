@@ -11,6 +11,7 @@ import types
 import pytest
 
 from mvd_fast import cli, config_checks
+from mvd_fast.config_checks import ConfigError
 from mvd_fast.config_file import add_train_arguments, config_from_arguments, load_config
 
 ALL_KINDS = ["distillation", "frame", "image", "mae", "pixel", "student", "video", "videomae"]
@@ -86,7 +87,7 @@ def test_status_of_the_module_is_passed_on(calls, monkeypatch):
 
 def test_value_error_is_one_line_without_traceback(calls, monkeypatch, capsys):
     def refuse(argv):
-        raise ValueError("batch.size 7 does not fit")
+        raise ConfigError("batch.size 7 does not fit")
 
     monkeypatch.setattr(sys.modules["mvd_fast.train"], "main", refuse)
     assert cli.main(["train"]) == 2
@@ -161,3 +162,22 @@ def test_train_arguments(rank):
     assert (config.seed, config.name, config.output_dir) == (4, "x", "runs/7")
     assert "local" not in parser.format_help()
     assert config_from_arguments(parser.parse_args(["--config", "vitl"])) == load_config("vitl")
+
+
+def test_a_librarys_value_error_keeps_its_traceback(calls, monkeypatch):
+    """Only our own sentences are for the user; anything else is a fault of the program and must be seen whole."""
+    monkeypatch.setattr(sys.modules["mvd_fast.train"], "main", lambda argv: int("no number"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["train"])
+
+
+def test_sentences_raised_by_our_code_are_the_users():
+    from mvd_fast.errors import is_users_to_mend
+    from mvd_kernels import tube_mask
+
+    with pytest.raises(ValueError, match="ratio is 2") as caught:
+        tube_mask(0, 0, None, (1, 4, 4), 2.0)
+    assert is_users_to_mend(caught.value)
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        int("no number")
+    assert not is_users_to_mend(caught.value)

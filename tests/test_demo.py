@@ -17,6 +17,7 @@ import torch
 from mvd_fast import checkpoint
 from mvd_fast.config_file import load_config
 from mvd_fast.demo import digits
+from mvd_fast.demo.run import Demo
 from mvd_fast.downstream.features import clip_features, slice_similarity
 from mvd_fast.downstream.probe import linear_probe
 
@@ -120,7 +121,7 @@ def test_the_quick_demo_from_nothing_to_the_report(tmp_path: Path) -> None:
         time.sleep(0.05)
     interrupted.terminate()
     _, errors = interrupted.communicate(timeout=DEMO_TIMEOUT)
-    assert interrupted.returncode == 2 and "was stopped after saving" in errors
+    assert interrupted.returncode == 2 and "was interrupted" in errors
     saved = checkpoint.newest_valid(out / "image_teacher")
     assert saved is not None and not (out / "image_teacher" / "model.safetensors").exists()
 
@@ -150,3 +151,15 @@ def test_the_quick_demo_from_nothing_to_the_report(tmp_path: Path) -> None:
     assert time.monotonic() - start < 60
     other = demo("--seed", "1")
     assert other.returncode == 2 and "seed 0, not quick and 1" in other.stderr
+
+
+def test_what_builds_on_a_phase_that_ran_again_is_done_anew(tmp_path: Path) -> None:
+    with Demo(tmp_path, "quick", 0)._phase("data"):
+        pass
+    with Demo(tmp_path, "quick", 0)._phase("probes"):
+        pass
+    later = Demo(tmp_path, "quick", 0)
+    assert later._is_done("data") and later._is_done("probes")
+    with later._phase("data"):
+        pass
+    assert not later._is_done("probes")

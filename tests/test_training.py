@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from video_files import real_clips
 
 from mvd_fast import checkpoint
+from mvd_fast.files import WEIGHTS
 from mvd_fast.models import VideoTeacher
 
 UPDATES = 10
@@ -97,9 +98,9 @@ def test_damaged_checkpoints_are_passed_over(
     shutil.copytree(uninterrupted, run_dir)
     last, before = (checkpoint.folder(run_dir) / f"update-{n:08d}" for n in (15, 14))
     assert checkpoint.newest_valid(run_dir) == last
-    weights = bytearray((last / checkpoint.WEIGHTS).read_bytes())
+    weights = bytearray((last / WEIGHTS).read_bytes())
     weights[-1] ^= 1
-    (last / checkpoint.WEIGHTS).write_bytes(weights)
+    (last / WEIGHTS).write_bytes(weights)
     assert checkpoint.newest_valid(run_dir) == before
     assert "does not match its checksum" in caplog.text
     state = next(before.glob("*model_states.pt"))

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the clips and all three trainings (%(default)s)")
     args = parser.parse_args(argv)
 
-    from mvd_fast.demo.run import run_demo
+    from mvd_fast.demo.run import Demo
 
-    run_demo(args.out or Path(DEFAULT_OUT[args.size]), args.size, args.seed)
+    Demo(args.out or Path(DEFAULT_OUT[args.size]), args.size, args.seed).run()
     return 0

@@ -19,7 +19,7 @@ from mvd_fast.data.lists import read_dataset
 from mvd_fast.demo.digits import MOTIONS, digit_and_motion
 from mvd_fast.downstream.features import ClipFeatures, Network, clip_features
 from mvd_fast.downstream.probe import linear_probe
-from mvd_fast.files import written_aside
+from mvd_fast.files import WEIGHTS, written_aside
 from mvd_fast.interop.weights import load_into, read_weights
 from mvd_fast.models import build_model
 from mvd_fast.models.tokens import paste_tubes, split_mask
@@ -28,7 +28,6 @@ from mvd_fast.objectives import build_objective
 LABELS = ("digit", "motion")
 CHANCE = {"digit": 0.1, "motion": 1 / len(MOTIONS)}
 PICTURES = 6
-WEIGHTS = "model.safetensors"
 
 
 def evaluate(student: RunConfig, video_teacher: RunConfig, out: Path, console: Console) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +26,11 @@ import mvd_fast
 from mvd_fast.config import RunConfig
 from mvd_fast.config_file import load_config
 from mvd_fast.demo.digits import FRAMES, MOTIONS, SIZE, DigitSet, is_written, write_digit_set
-from mvd_fast.files import write_text
+from mvd_fast.files import SUMMARY, WEIGHTS, write_text
 from mvd_fast.train import choose_accelerator
 
 RUNS = ("image_teacher", "video_teacher", "student")
-RESUMABLE = 143  # exit status of a training that SIGTERM stopped after saving
+RESUMABLE = 143  # exit status of a training that SIGTERM stopped
 SAVING_TIME = 60.0  # seconds that an interrupted training has to save
 
 
@@ -56,14 +56,11 @@ class DemoError(ValueError):
     """The demo cannot go on; the message says why and how to go on."""
 
 
-def run_demo(out: Path, size: str, seed: int) -> Path:
-    """Runs what is missing of every phase and returns the path of the report."""
-    Demo(out, size, seed).run()
-    return out / "report.html"
-
-
 class Demo:
-    """One demo in one folder. `phases.json` keeps what was done and how long it took."""
+    """One demo in one folder. `phases.json` keeps what was done and how long it took.
+
+    Every phase builds on those before it: once one has run, what is left of the later ones is stale and done anew.
+    """
 
     def __init__(self, out: Path, size: str, seed: int) -> None:
         self.out, self.size, self.seed = out, size, seed
@@ -71,6 +68,7 @@ class Demo:
         self.clips = DigitSet(SIZES[size].train, SIZES[size].test, seed)
         out.mkdir(parents=True, exist_ok=True)
         self._claim_folder()
+        self._stale = False
         self._phases_file = out / "phases.json"
         self.phases: dict[str, dict[str, Any]] = (
             json.loads(self._phases_file.read_text()) if self._phases_file.exists() else {}
@@ -87,6 +85,7 @@ class Demo:
         write_text(facts, json.dumps(mine))
 
     def run(self) -> None:
+        """Runs what is missing of every phase, then writes the report."""
         self._write_clips()
         for name in RUNS:
             self._train(name)
@@ -106,6 +105,7 @@ class Demo:
         start = time.monotonic()
         record: dict[str, Any] = {"name": name, "run": None, **facts}
         yield record
+        self._stale = True
         record["seconds"] = time.monotonic() - start + self.phases.get(name, {}).get("partial_seconds", 0.0)
         self._keep(name, record)
 
@@ -114,7 +114,7 @@ class Demo:
         write_text(self._phases_file, json.dumps(self.phases, indent=1))
 
     def _is_done(self, name: str) -> bool:
-        done = "seconds" in self.phases.get(name, {})
+        done = "seconds" in self.phases.get(name, {}) and not self._stale
         if done:
             self._tell(f"{name}: done before, skipped")
         return done
@@ -138,14 +138,15 @@ class Demo:
             **SIZES[self.size].changes[name],
         }
         if name == "student":
-            places["teachers.image.checkpoint"] = self.out / "image_teacher" / "model.safetensors"
-            places["teachers.video.checkpoint"] = self.out / "video_teacher" / "model.safetensors"
+            places["teachers.image.checkpoint"] = self.out / "image_teacher" / WEIGHTS
+            places["teachers.video.checkpoint"] = self.out / "video_teacher" / WEIGHTS
         return [f"{key}={json.dumps(value if isinstance(value, int) else str(value))}" for key, value in places.items()]
 
     def _train(self, name: str) -> None:
         """Trains by the real launcher, as a user would; an unfinished run is resumed."""
         title, run_dir, config = name.replace("_", " "), self.out / name, self.config(name)
-        if not self._is_of(run_dir, config):
+        if self._stale_run(run_dir, config):
+            self.phases.pop(title, None)
             shutil.rmtree(run_dir, ignore_errors=True)
         elif _summary(run_dir).get("finished") and self._is_done(title):
             return
@@ -154,11 +155,11 @@ class Demo:
             summary = _summary(run_dir)
             record.update(updates=summary["updates"], parameters=summary["parameters"])
 
-    @staticmethod
-    def _is_of(run_dir: Path, config: RunConfig) -> bool:
-        """Whether a run folder is of this very config; another one's would be resumed wrongly."""
+    def _stale_run(self, run_dir: Path, config: RunConfig) -> bool:
+        """Whether a run folder is of another config, or of inputs that were made anew: it must not be resumed."""
         saved = run_dir / "config.json"
-        return saved.exists() and json.loads(saved.read_text()) == config.model_dump(mode="json")
+        same = saved.exists() and json.loads(saved.read_text()) == config.model_dump(mode="json")
+        return self._stale or not same
 
     def _launch(self, name: str) -> None:
         command = [
@@ -179,7 +180,7 @@ class Demo:
             title = name.replace("_", " ")
             spent = self.phases.get(title, {}).get("partial_seconds", 0.0) + time.monotonic() - start
             self._keep(title, {"partial_seconds": spent})
-            why = "was stopped after saving" if status == RESUMABLE else f"failed with status {status}, see above"
+            why = "was interrupted" if status == RESUMABLE else f"failed with status {status}, see above"
             raise DemoError(f"training the {title} {why}; `mvd-fast demo` with the same options goes on from there")
 
     def _evaluate(self) -> None:
@@ -220,18 +221,26 @@ def _run_interruptibly(command: list[str], environment: dict[str, str]) -> int:
     try:
         return process.wait()
     except (KeyboardInterrupt, SystemExit):
-        family = psutil.Process(process.pid).children(recursive=True)
-        for child in family:
-            if not child.children():  # a training process, not one that launches
-                child.terminate()
-        psutil.wait_procs(family, timeout=SAVING_TIME)
+        _stop_family(process)
         return RESUMABLE
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _stop_family(launcher: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the training processes; what has not saved and left after SAVING_TIME is killed."""
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    for child in family:
+        with suppress(psutil.NoSuchProcess):
+            if not child.children():  # a training process, not one that launches
+                child.terminate()
+    for child in psutil.wait_procs(family, timeout=SAVING_TIME)[1]:
+        child.kill()
+    launcher.wait()
+
+
 def _summary(run_dir: Path) -> dict[str, Any]:
-    file = run_dir / "summary.json"
+    file = run_dir / SUMMARY
     return json.loads(file.read_text()) if file.exists() else {}
 
 

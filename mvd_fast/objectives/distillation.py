@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mvd_fast.config import RunConfig
 from mvd_fast.models import build_model
 from mvd_fast.models.layers import LN_EPS
-from mvd_fast.models.tokens import take_tokens
+from mvd_fast.models.tokens import split_mask, take_tokens
 from mvd_fast.teachers import build_teacher
 
 # Backward costs twice the forward: one product for the input's gradient, one for the weight's.
@@ -56,7 +56,7 @@ class DistillationObjective(nn.Module):
         with torch.inference_mode():
             targets = self.targets(video)
         predictions = self.model(video, mask, self.num_visible)
-        masked = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, mask.shape[1] - predictions[0].shape[1] :]
+        _, masked = split_mask(mask, mask.shape[1] - predictions[0].shape[1])
         loss_image, loss_video = (
             F.smooth_l1_loss(prediction.float(), take_tokens(target, masked).float())
             if target is not None

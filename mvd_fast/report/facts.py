@@ -176,7 +176,6 @@ class Phase:
 
     name: str
     seconds: float | None
-    skipped: bool
     updates: int | None
     batch: int | None
     parameters: int | None
@@ -195,7 +194,6 @@ def _phase(given: dict[str, Any], records: list[dict[str, Any]]) -> Phase:
     return Phase(
         name=given["name"],
         seconds=given.get("seconds"),
-        skipped=bool(given.get("skipped")),
         updates=given.get("updates") or (records[-1]["update"] if records else None),
         batch=given.get("batch"),
         parameters=given.get("parameters"),
