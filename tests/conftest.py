@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 torch.set_num_threads(2)
 if not torch.cuda.is_available():
     # Read when a kernel is decorated, so it must be set before mvd_kernels is imported.
     os.environ["TRITON_INTERPRET"] = "1"
+
+from op_checks import IMPLEMENTATIONS, running  # noqa: E402 (after the interpreter is chosen)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def kernels(request: pytest.FixtureRequest):
+    """Every implementation of the fused operators that runs here, in turn; gives the device of its tensors."""
+    with running(request.param) as device:
+        yield device

@@ -1,26 +1,31 @@
-"""Which implementation of an operator runs: chosen by the tensor's device, or forced with `use_impl`.
+"""Which implementation of an operator runs: chosen by device and dtype, or forced with `use_impl`.
 
-CUDA runs Triton, the CPU runs the C++ extension, anything else the plain PyTorch reference. Where the extension is
-not built the reference takes over, with one warning that names the cause.
+CUDA runs Triton (or the library that an operator names), the CPU runs the C++ extension, anything else the plain
+PyTorch reference. Where the extension is not built the reference takes over, with one warning that names the cause.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, field
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mvd_kernels._triton import HAS_TRITON, interpreting
 
-IMPLEMENTATIONS = ("reference", "cpp", "triton")
+IMPLEMENTATIONS = ("reference", "cpp", "triton", "xformers", "sdpa")
+# The first that an operator has and that can run is taken; after the last comes the reference.
+PREFERENCE = {"cpu": ("cpp", "sdpa"), "cuda": ("triton", "xformers", "sdpa")}
 BUILD_COMMAND = "pip install -e . --no-build-isolation"
+Dtypes = tuple[torch.dtype, ...]
 
 _operators: dict[str, Operator] = {}
 _forced: list[str] = []
@@ -28,10 +33,11 @@ _forced: list[str] = []
 
 @contextmanager
 def use_impl(name: str) -> Iterator[None]:
-    """Force one implementation of every operator inside the block: "reference", "cpp" or "triton".
+    """Force one implementation of every operator inside the block: "reference", "cpp", "triton", ...
 
     It holds for the whole process (autograd runs backward in threads of its own), so use it in tests and
     measurements, not concurrently. An operator that has no such implementation for its device raises ValueError.
+    Functions that `torch.compile` has compiled keep the implementation they were compiled with.
     """
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"there is no implementation {name!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
@@ -44,59 +50,81 @@ def use_impl(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator and its implementations, which take the same arguments; making one enters it in `operators()`."""
+    """An operator and its implementations, which take the same arguments; making one enters it in `operators()`.
+
+    `dtypes` names what an implementation takes (anything, where it is not named): other tensors go to the reference.
+    A name with a leading underscore is a part of another operator, such as its backward, and is not listed.
+    """
 
     name: str
-    reference: Callable[..., Any]
+    reference: Callable[..., Any] | None = None
     cpp: Callable[..., Any] | None = None
     triton: Callable[..., Any] | None = None
+    xformers: Callable[..., Any] | None = None
+    sdpa: Callable[..., Any] | None = None
+    dtypes: Mapping[str, Dtypes] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         _operators[self.name] = self
 
-    def __call__(self, device: torch.device, *args: Any) -> Any:
-        """Run the implementation for `device`."""
-        name, why = self.choose(device)
-        if name == "reference" and not _forced and device.type in ("cpu", "cuda"):
-            _warn_once(why)
+    def __call__(self, like: Tensor, *args: Any) -> Any:
+        """Run the implementation for tensors like `like`."""
+        name = chosen(self.name, like.device.type, like.dtype)
         # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with torch.cuda.device(like.device) if like.device.type == "cuda" else nullcontext():
             return getattr(self, name)(*args)
 
-    def choose(self, device: torch.device) -> tuple[str, str]:
-        """Name of the implementation that runs on `device`, and why."""
+    def runs_reference(self, like: Tensor) -> bool:
+        """Whether tensors like `like` go to the reference, which autograd and torch.compile see through."""
+        return chosen(self.name, like.device.type, like.dtype) == "reference"
+
+    def choose(self, device: str, dtype: torch.dtype | None) -> tuple[str, str]:
+        """Name of the implementation that runs tensors of `device` (its type) and `dtype` (None: any), and why."""
         if _forced:
-            if problem := self._problem(_forced[-1], device):
+            if problem := self._problem(_forced[-1], device, dtype):
                 raise ValueError(f"{self.name} cannot run as {_forced[-1]!r} on {device}: {problem}")
             return _forced[-1], "forced by use_impl"
-        wanted = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
-        if wanted is None:
-            return "reference", f"there are no kernels for {device.type}"
-        if problem := self._problem(wanted, device):
-            return "reference", problem
-        return wanted, f"the tensors are on {device.type}"
+        problems = []
+        for name in (name for name in PREFERENCE.get(device, ()) if getattr(self, name)):
+            problem = self._problem(name, device, dtype)
+            if problem is None:
+                return name, "; ".join([*problems, f"the tensors are on {device}"])
+            problems.append(problem)
+        return "reference", "; ".join(problems) or f"there are no kernels for {device}"
 
-    def _problem(self, name: str, device: torch.device) -> str | None:
+    def _problem(self, name: str, device: str, dtype: torch.dtype | None) -> str | None:
         """What keeps implementation `name` from running on `device`, if anything does."""
         if getattr(self, name) is None:
             return f"{self.name} has no {name} implementation"
-        if name == "cpp":
-            return extension()[1] if device.type == "cpu" else "the C++ operators take CPU tensors"
-        if name == "triton":
-            return _triton_problem(device)
-        return None
+        problem = _missing(name, device)
+        if problem is None and dtype is not None and dtype not in self.dtypes.get(name, (dtype,)):
+            accepted = ", ".join(str(one).removeprefix("torch.") for one in self.dtypes[name])
+            problem = f"its {name} kernels take {accepted}, not {str(dtype).removeprefix('torch.')}"
+        return problem
+
+
+@torch.compiler.assume_constant_result
+def chosen(name: str, device: str, dtype: torch.dtype) -> str:
+    """Name of the implementation that operator `name` runs; warns once if kernels that should be there are not."""
+    operator = _operators[name]
+    implementation, why = operator.choose(device, dtype)
+    if implementation == "reference" and not _forced:
+        missing = [_missing(one, device) for one in PREFERENCE.get(device, ()) if getattr(operator, one)]
+        if missing and all(missing):
+            _warn_once(why)
+    return implementation
 
 
 def operators() -> tuple[str, ...]:
     """Names of all operators."""
-    return tuple(_operators)
+    return tuple(name for name in _operators if not name.startswith("_"))
 
 
-def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
+def implementation(op: str, device: torch.device | str, dtype: torch.dtype | None = None) -> tuple[str, str]:
     """The implementation of operator `op` that tensors on `device` use, and why: ("cpp", "the tensors are on cpu")."""
-    if op not in _operators:
-        raise ValueError(f"there is no operator {op!r}; choose one of {', '.join(_operators)}")
-    return _operators[op].choose(torch.device(device))
+    if op not in operators():
+        raise ValueError(f"there is no operator {op!r}; choose one of {', '.join(operators())}")
+    return _operators[op].choose(torch.device(device).type, dtype)
 
 
 @functools.cache
@@ -111,10 +139,31 @@ def extension() -> tuple[ModuleType | None, str | None]:
         return None, f"the C++ extension does not load ({reason}); build it again with `{BUILD_COMMAND}`"
 
 
-def _triton_problem(device: torch.device) -> str | None:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on `device`; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _missing(name: str, device: str) -> str | None:
+    """What implementation `name` of any operator lacks on `device`."""
+    if name == "cpp":
+        return extension()[1] if device == "cpu" else "the C++ operators take CPU tensors"
+    if name == "triton":
+        return _triton_problem(device)
+    if name == "xformers":
+        return None if _has_xformers() and device == "cuda" else "xformers is not installed, or the tensors not on CUDA"
+    return None
+
+
+@functools.cache
+def _has_xformers() -> bool:
+    return importlib.util.find_spec("xformers") is not None
+
+
+def _triton_problem(device: str) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed"
-    if device.type != "cuda" and not interpreting():
+    if device != "cuda" and not interpreting():
         return "Triton takes CUDA tensors (or CPU tensors with TRITON_INTERPRET=1 set before the import)"
     return None
 

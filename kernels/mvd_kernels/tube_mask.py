@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mvd_kernels._dispatch import Operator
-from mvd_kernels._triton import HAS_TRITON, tl, triton
+from mvd_kernels._triton import HAS_TRITON, launch, tl, triton
 
 _WORD = 0xFFFFFFFF
 _SIGN = -(2**63)
@@ -128,7 +128,9 @@ def _launch(seed: int, epoch: int, samples: Tensor, slices: int, positions: int,
     if samples.numel():
         block = triton.next_power_of_2(positions)
         sizes = {"SLICES": slices, "POSITIONS": positions, "MASKED": masked, "BLOCK": block, "STEP": _KEYS_PER_STEP}
-        _tube_mask_kernel[(samples.numel(),)](samples.contiguous(), *outputs, seed, epoch, **sizes)
+        written = sum(part.numel() * part.element_size() for part in outputs)
+        arguments = (samples.contiguous(), *outputs, seed, epoch)
+        launch(_tube_mask_kernel, (samples.numel(),), *arguments, flops=0, bytes=written, **sizes)
     return outputs
 
 
@@ -141,7 +143,7 @@ _operator = Operator("tube_mask", reference=_reference, cpp=_cpp, triton=_launch
 def _tube_mask(
     seed: int, epoch: int, samples: Tensor, slices: int, positions: int, masked: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _operator(samples.device, seed, epoch, samples, slices, positions, masked)
+    return _operator(samples, seed, epoch, samples, slices, positions, masked)
 
 
 @_tube_mask.register_fake

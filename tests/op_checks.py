@@ -1,0 +1,64 @@
+"""What the tests of all fused operators share: which implementations run here, and how close they must come.
+
+The oracle is the plain PyTorch reference in float64 on the same (already rounded) inputs, never another kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mvd_kernels import use_impl
+from mvd_kernels._dispatch import extension
+
+CUDA = torch.cuda.is_available()
+_C = extension()[0]
+# Each instruction set of this processor counts as an implementation; Triton runs in the interpreter without a GPU.
+CPP = tuple(f"cpp-{isa}" for isa in _C.isa_names()) if _C else ()
+IMPLEMENTATIONS = (*CPP, "triton")
+
+
+@contextmanager
+def running(implementation: str) -> Iterator[str]:
+    """Run "cpp-avx2", "triton", "reference", ... inside the block; gives the device its tensors live on.
+
+    Uninitialised memory is NaN inside, so that whatever a kernel leaves unwritten shows.
+    """
+    name, _, isa = implementation.partition("-")
+    before = _C.isa_name() if _C else None
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    if isa:
+        _C.set_isa(isa)
+    try:
+        with use_impl(name):
+            yield "cuda" if name == "triton" and CUDA else "cpu"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        if isa:
+            _C.set_isa(before)
+
+
+def assert_close(actual: Tensor, oracle: Tensor, length: int = 1, roundings: int = 1, name: str = "") -> None:
+    """Every entry within the error that the arithmetic explains, relative to the largest entry of its last dimension.
+
+    `roundings`: how often a value is rounded to `actual`'s dtype on its way (the last rounding included); `length`:
+    how many fp32 terms are summed, whose roundings add up like a random walk. NaN and infinities must be in the same
+    places. A row is held against its own largest entry, so that one large row cannot hide a wrong small one.
+    """
+    assert actual.shape == oracle.shape, f"{name}: {list(actual.shape)} for {list(oracle.shape)}"
+    actual, expected = actual.detach().cpu(), oracle.detach().cpu().double()
+    if not actual.numel():
+        return
+    finite = expected.isfinite()
+    assert torch.equal(actual.isfinite(), finite), f"{name}: NaN or infinity in other places"
+    unit = torch.finfo(actual.dtype).eps / 2
+    bound = roundings * unit + 4 * 2**-24 * length**0.5
+    largest = expected.where(finite, 0).abs()
+    largest = largest.amax(-1, keepdim=True) if largest.ndim else largest
+    error = (actual.double() - expected).where(finite, 0).abs()
+    worst = (error / (bound * largest + torch.finfo(actual.dtype).tiny * 2)).max().item()
+    assert worst <= 1.5, f"{name}: error is {worst:.2f} times what {roundings} roundings and {length} terms explain"
