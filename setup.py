@@ -5,6 +5,7 @@ Builds with g++ and ninja, for any x86-64 processor (operators choose instructio
 * mvd_fast.data._dali_plugin  csrc/dali/*.cc  operators inside DALI pipelines; also for the GPU where nvcc is found
 
 MVD_FAST_NO_NATIVE=1 leaves both out; the operators then run as plain PyTorch, and there is no training.
+MVD_EMULATE_AVX512=1 builds the operators alone, their AVX-512 code as plain C (`make emulate` tests it).
 """
 
 from __future__ import annotations
@@ -55,24 +56,29 @@ def native_build() -> dict:
         sys.exit(f"mvd-fast's native build needs a C++ compiler: install g++ (or point CXX to one), {SKIP_HINT}")
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    emulate = os.environ.get("MVD_EMULATE_AVX512") == "1"
+
     class NativeBuild(BuildExtension):
         def build_extensions(self) -> None:
             try:
-                add_gpu_operators(self.extensions[-1], Path(self.build_temp))
+                if not emulate:
+                    add_gpu_operators(self.extensions[-1], Path(self.build_temp))
                 super().build_extensions()
             except Exception as error:
                 sys.exit(
                     f"mvd-fast's native build failed ({error}); the compiler's message is above. Fix it, {SKIP_HINT}"
                 )
 
+    emulation = ["-DMVD_EMULATE_AVX512", "-mavx2", "-mfma"] if emulate else []
     kernels = CppExtension(
         "mvd_kernels._C",
         sorted(str(file) for file in CSRC.glob("*.cpp")),
         depends=sorted(str(file) for file in CSRC.glob("*.h")),
-        extra_compile_args=["-O3", "-g0", "-fopenmp"],
+        extra_compile_args=["-O3", "-g0", "-fopenmp", *emulation],
         extra_link_args=["-fopenmp", "-s"],
     )
-    return {"ext_modules": [kernels, dali_plugin()], "cmdclass": {"build_ext": NativeBuild}}
+    extensions = [kernels] if emulate else [kernels, dali_plugin()]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": NativeBuild}}
 
 
 def dali_plugin() -> Extension:

@@ -1,6 +1,6 @@
 // Compiles the file that MVD_KERNELS names once per instruction set, as mvd::portable, mvd::avx2 and mvd::avx512, and
 // gives MVD_DISPATCH(kernel)(arguments...), which calls the one for this processor. The file uses simd.h's vectors and
-// includes nothing; it has no include guard. Use, in one .cpp per operator:
+// includes nothing but tiles.h; neither has an include guard. Use, in one .cpp per operator:
 //
 //   #define MVD_KERNELS "add_layer_norm_kernels.h"
 //   #include "for_each_isa.h"
@@ -37,10 +37,11 @@ namespace mvd::avx512 {
 #undef MVD_ISA_AVX512
 #pragma GCC pop_options
 
-#define MVD_DISPATCH(kernel)                            \
-  (mvd::isa() == mvd::Isa::avx512 ? mvd::avx512::kernel \
-   : mvd::isa() == mvd::Isa::avx2 ? mvd::avx2::kernel   \
-                                  : mvd::portable::kernel)
+// Variadic, as the name of a template's instance may hold commas.
+#define MVD_DISPATCH(...)                                    \
+  (mvd::isa() == mvd::Isa::avx512 ? mvd::avx512::__VA_ARGS__ \
+   : mvd::isa() == mvd::Isa::avx2 ? mvd::avx2::__VA_ARGS__   \
+                                  : mvd::portable::__VA_ARGS__)
 #else
-#define MVD_DISPATCH(kernel) (mvd::portable::kernel)
+#define MVD_DISPATCH(...) (mvd::portable::__VA_ARGS__)
 #endif

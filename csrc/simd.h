@@ -31,16 +31,16 @@ MVD_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
 // a 2^n for whole n.
 MVD_INLINE Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
-MVD_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 MVD_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-MVD_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 MVD_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
-MVD_INLINE void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
-
+#if defined(MVD_EMULATE_AVX512)  // the emulation lacks these conversions, and masked memory access
 MVD_INLINE Vec widen(__m256i x) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+  float lanes[W];
+  bf16 bits[W];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), x);
+  for (int i = 0; i < W; ++i) lanes[i] = to_float(bits[i]);
+  return load(lanes);
 }
-#if defined(MVD_EMULATE_AVX512)  // the emulation lacks this conversion
 MVD_INLINE __m256i narrow(Vec a) {
   float lanes[W];
   uint16_t bits[W];
@@ -49,15 +49,51 @@ MVD_INLINE __m256i narrow(Vec a) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits));
 }
 #else
+MVD_INLINE Vec widen(__m256i x) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
 MVD_INLINE __m256i narrow(Vec a) {
   // The instruction takes subnormal numbers as zero; adding them as integers would cost more than it gives.
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v));
 }
 #endif
 MVD_INLINE Vec load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-MVD_INLINE Vec load(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
 MVD_INLINE void store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+#if defined(MVD_EMULATE_AVX512)
+template <class T>
+MVD_INLINE Vec load(const T* p, int n) {
+  T lanes[W] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+MVD_INLINE void store(T* p, Vec a, int n) {
+  T lanes[W];
+  store(lanes, a);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+#else
+MVD_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+MVD_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+MVD_INLINE void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+MVD_INLINE Vec load(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
 MVD_INLINE void store(bf16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(a)); }
+#endif
+
+// Rounded: a[0], b[0], a[1], b[1], ...
+#if defined(MVD_EMULATE_AVX512)
+MVD_INLINE void store_interleaved(bf16* p, Vec a, Vec b) {
+  bf16 even[W], odd[W];
+  store(even, a);
+  store(odd, b);
+  for (int i = 0; i < W; ++i) p[2 * i] = even[i], p[2 * i + 1] = odd[i];
+}
+#else
+MVD_INLINE void store_interleaved(bf16* p, Vec a, Vec b) {
+  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(b)), 16);
+  _mm512_storeu_si512(p, _mm512_or_si512(_mm512_cvtepu16_epi32(narrow(a)), high));
+}
+#endif
 
 // W pairs of bf16; dot adds both products of a lane to the lane of `sum`.
 constexpr bool kHasPairs = true;
@@ -208,6 +244,13 @@ MVD_INLINE void store(bf16* p, Vec a, int n = W) {
   for (int i = 0; i < n; ++i) p[i] = to_bf16(a.v[i]);
 }
 
+MVD_INLINE void store_interleaved(bf16* p, Vec a, Vec b) {
+  for (int i = 0; i < W; ++i) {
+    p[2 * i] = to_bf16(a.v[i]);
+    p[2 * i + 1] = to_bf16(b.v[i]);
+  }
+}
+
 constexpr bool kHasPairs = true;  // slow here, but the same layout as AVX-512: what runs there is tested everywhere
 struct Pairs {
   bf16 v[2 * W];
@@ -235,6 +278,100 @@ struct Pairs {};
 MVD_INLINE Pairs load_pairs(const bf16*) { return {}; }
 MVD_INLINE Pairs splat_pair(const bf16*) { return {}; }
 MVD_INLINE Vec dot(Vec sum, Pairs, Pairs) { return sum; }
+MVD_INLINE void store_interleaved(bf16*, Vec, Vec) {}
+#endif
+
+// W sums of int32, and 4 W bytes: dot adds the products of four bytes of a and of b to each sum. Bytes of `a` are
+// what store_rounded leaves, whole numbers up to +-127 plus kByteOffset; those of `b` are signed, up to +-127.
+#if defined(MVD_ISA_AVX512) && !defined(MVD_EMULATE_AVX512)
+constexpr int kByteOffset = 128;  // the instruction multiplies unsigned by signed
+struct Ints {
+  __m512i v;
+};
+struct Bytes {
+  __m512i v;
+};
+MVD_INLINE Ints zero_ints() { return {_mm512_setzero_si512()}; }
+MVD_INLINE Ints load_ints(const int8_t* p) { return {_mm512_loadu_si512(p)}; }
+MVD_INLINE Vec to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+MVD_INLINE Bytes load_bytes(const int8_t* p) { return {_mm512_loadu_si512(p)}; }
+MVD_INLINE Bytes splat_bytes(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return {_mm512_set1_epi32(four)};
+}
+MVD_INLINE Ints dot(Ints sum, Bytes a, Bytes b) { return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)}; }
+// Rounded to whole numbers, ties to even: W bytes.
+MVD_INLINE void store_rounded(uint8_t* p, Vec a) {
+  const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(kByteOffset));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
+}
+#elif defined(MVD_ISA_AVX2)
+constexpr int kByteOffset = 0;
+struct Ints {
+  __m256i v;
+};
+struct Bytes {
+  __m256i v;
+};
+MVD_INLINE Ints zero_ints() { return {_mm256_setzero_si256()}; }
+MVD_INLINE Ints load_ints(const int8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+MVD_INLINE Vec to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+MVD_INLINE Bytes load_bytes(const int8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+MVD_INLINE Bytes splat_bytes(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return {_mm256_set1_epi32(four)};
+}
+MVD_INLINE Ints dot(Ints sum, Bytes a, Bytes b) {
+  // Two products are added in 16 bits, where they saturate: they do not reach that with both factors up to 127, so b's
+  // sign goes to a.
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(b.v), _mm256_sign_epi8(a.v, b.v));
+  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+MVD_INLINE void store_rounded(uint8_t* p, Vec a) {
+  const __m256i whole = _mm256_cvtps_epi32(a.v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+#else
+constexpr int kByteOffset = 128;  // as with AVX-512, so that its corrections are tested everywhere
+struct Ints {
+  int32_t v[W];
+};
+struct Bytes {
+  uint8_t v[4 * W];
+};
+MVD_INLINE Ints zero_ints() { return {}; }
+MVD_INLINE Ints load_ints(const int8_t* p) {
+  Ints r;
+  std::memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
+MVD_INLINE Vec to_floats(Ints a) {
+  float r[W];
+  for (int i = 0; i < W; ++i) r[i] = static_cast<float>(a.v[i]);
+  return load(r);
+}
+MVD_INLINE Bytes load_bytes(const int8_t* p) {
+  Bytes r;
+  std::memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
+MVD_INLINE Bytes splat_bytes(const uint8_t* p) {
+  Bytes r;
+  for (int i = 0; i < W; ++i) std::memcpy(r.v + 4 * i, p, 4);
+  return r;
+}
+MVD_INLINE Ints dot(Ints sum, Bytes a, Bytes b) {
+  for (int i = 0; i < 4 * W; ++i) sum.v[i / 4] += a.v[i] * static_cast<int8_t>(b.v[i]);
+  return sum;
+}
+MVD_INLINE void store_rounded(uint8_t* p, Vec a) {
+  float rounded[W];
+  store(rounded, round(a));
+  for (int i = 0; i < W; ++i) p[i] = static_cast<uint8_t>(static_cast<int>(rounded[i]) + kByteOffset);
+}
 #endif
 
 // e^x to 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial for e^r. 0 below -104, infinity above 89, NaN for NaN.

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(MVD_EMULATE_AVX512)  // `make emulate`: AVX-512 intrinsics as plain C, on processors that have none
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -40,5 +41,12 @@ MVD_INLINE bf16 to_bf16(float x) {
   if (x != x) return {0x7FC0};
   return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
+
+// The rows of a matrix [n, any], `stride` entries apart.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride, n;
+};
 
 }  // namespace mvd

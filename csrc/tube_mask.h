@@ -5,9 +5,7 @@
 // positions with the smallest (key, position) are masked. Integers only: every machine finds the same mask.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #if defined(__CUDACC__)
 #define MVD_HOST_DEVICE __host__ __device__
@@ -33,33 +31,27 @@ MVD_HOST_DEVICE inline uint64_t philox_key(uint64_t seed, uint32_t epoch, uint64
   return x0 | uint64_t{x1} << 32;
 }
 
-// Draws one sample's 2-D mask. It keeps its scratch memory from call to call: one object per thread.
-class TubeMaskSampler {
- public:
-  TubeMaskSampler(uint64_t seed, uint32_t epoch, int64_t positions, int64_t masked)
-      : seed_(seed), epoch_(epoch), masked_(masked), keys_(positions), sorted_(positions) {}
-
-  // slice[p] = whether position p is masked; `masked` of `positions` are.
-  void draw(uint64_t sample, bool* slice) {
-    const size_t positions = keys_.size();
-    if (masked_ == 0 || masked_ == static_cast<int64_t>(positions)) {
-      std::fill_n(slice, positions, masked_ != 0);
-      return;
-    }
-    for (size_t p = 0; p < positions; ++p) keys_[p] = philox_key(seed_, epoch_, sample, static_cast<uint32_t>(p));
-    sorted_ = keys_;
-    const auto limit = sorted_.begin() + (masked_ - 1);
-    std::nth_element(sorted_.begin(), limit, sorted_.end());
-    // Equal keys are taken in order of position: those below the limit first, then as many at the limit as remain.
-    int64_t ties = masked_ - std::count_if(keys_.begin(), keys_.end(), [&](uint64_t key) { return key < *limit; });
-    for (size_t p = 0; p < positions; ++p) slice[p] = keys_[p] < *limit || (keys_[p] == *limit && ties-- > 0);
+// slice[p] = whether keys[p] is among the `masked` smallest; of equal keys the first ones are. Inlined, so that it is
+// compiled for the instruction set of its caller.
+__attribute__((always_inline)) inline void mask_smallest(const uint64_t* keys, int64_t positions, int64_t masked,
+                                                         bool* slice) {
+  // The largest limit that has at most `masked` keys below it, bit by bit from the top, until it has exactly as many:
+  // among random keys that takes about log2(positions) + 1 bits.
+  uint64_t limit = 0;
+  int64_t below = 0;
+  for (uint64_t bit = uint64_t{1} << 63; bit != 0 && below < masked; bit >>= 1) {
+    int64_t count = 0;
+    for (int64_t p = 0; p < positions; ++p) count += keys[p] < (limit | bit);
+    if (count > masked) continue;
+    limit |= bit;
+    below = count;
   }
-
- private:
-  const uint64_t seed_;
-  const uint32_t epoch_;
-  const int64_t masked_;
-  std::vector<uint64_t> keys_, sorted_;
-};
+  for (int64_t p = 0; p < positions; ++p) slice[p] = keys[p] < limit;
+  for (int64_t p = 0; below < masked; ++p) {  // all bits were needed: the remaining ones are equal to the limit
+    if (keys[p] != limit) continue;
+    slice[p] = true;
+    ++below;
+  }
+}
 
 }  // namespace mvd

@@ -42,12 +42,15 @@ def running(implementation: str) -> Iterator[str]:
             _C.set_isa(before)
 
 
-def assert_close(actual: Tensor, oracle: Tensor, length: int = 1, roundings: int = 1, name: str = "") -> None:
+def assert_close(
+    actual: Tensor, oracle: Tensor, length: int = 1, roundings: int = 1, name: str = "", largest: float = 0.0
+) -> None:
     """Every entry within the error that the arithmetic explains, relative to the largest entry of its last dimension.
 
     `roundings`: how often a value is rounded to `actual`'s dtype on its way (the last rounding included); `length`:
     how many fp32 terms are summed, whose roundings add up like a random walk. NaN and infinities must be in the same
-    places. A row is held against its own largest entry, so that one large row cannot hide a wrong small one.
+    places. A row is held against its own largest entry, so that one large row cannot hide a wrong small one; `largest`
+    says how large the terms are where they may cancel.
     """
     assert actual.shape == oracle.shape, f"{name}: {list(actual.shape)} for {list(oracle.shape)}"
     actual, expected = actual.detach().cpu(), oracle.detach().cpu().double()
@@ -57,8 +60,8 @@ def assert_close(actual: Tensor, oracle: Tensor, length: int = 1, roundings: int
     assert torch.equal(actual.isfinite(), finite), f"{name}: NaN or infinity in other places"
     unit = torch.finfo(actual.dtype).eps / 2
     bound = roundings * unit + 4 * 2**-24 * length**0.5
-    largest = expected.where(finite, 0).abs()
-    largest = largest.amax(-1, keepdim=True) if largest.ndim else largest
+    sizes = expected.where(finite, 0).abs()
+    sizes = (sizes.amax(-1, keepdim=True) if sizes.ndim else sizes).clamp(min=largest)
     error = (actual.double() - expected).where(finite, 0).abs()
-    worst = (error / (bound * largest + torch.finfo(actual.dtype).tiny * 2)).max().item()
+    worst = (error / (bound * sizes + torch.finfo(actual.dtype).tiny * 2)).max().item()
     assert worst <= 1.5, f"{name}: error is {worst:.2f} times what {roundings} roundings and {length} terms explain"

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from op_checks import CPP, IMPLEMENTATIONS, running
 
 import mvd_kernels
 from mvd_kernels import TubeMask, masked_per_slice, tube_mask, use_impl
@@ -91,13 +92,48 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("impl", ["cpp", "triton"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("grid", "ratio"), CASES)
-def test_implementations_equal_the_reference(impl, grid, ratio):
-    device = DEVICE if impl == "triton" else "cpu"
+def test_implementations_equal_the_reference(implementation, grid, ratio):
     for seed, epoch in ((0, 0), (2**62 + 12345, 2**32 - 1)):
         want = draw("reference", seed, epoch, SAMPLES, grid, ratio)
-        assert_equal(draw(impl, seed, epoch, SAMPLES, grid, ratio, device=device), want)
+        with running(implementation) as device:
+            assert_equal(tube_mask(seed, epoch, SAMPLES, grid, ratio, device=device), want)
+
+
+@pytest.mark.parametrize("implementation", CPP)
+def test_every_number_of_positions_and_masks(implementation):
+    """Ends of vectors: slices of 1 to 20 positions, everything from none to all of them masked."""
+    for positions in range(1, 21):
+        for masked in range(positions + 1):
+            arguments = (7, 3, SAMPLES, 2, positions, masked)
+            with use_impl("reference"):
+                want = TubeMask(*torch.ops.mvd_kernels.tube_mask(*arguments))
+            with running(implementation):
+                assert_equal(TubeMask(*torch.ops.mvd_kernels.tube_mask(*arguments)), want)
+
+
+@pytest.mark.parametrize("implementation", CPP)
+@pytest.mark.parametrize("keys", ["few", "one", "zero", "largest", "neighbours", "signs"])
+def test_equal_keys_are_masked_in_order_of_position(implementation, keys):
+    """Philox's 64-bit keys are hardly ever equal, so keys are handed in: unsigned, as int64 bits."""
+    generator = np.random.default_rng(0)
+    positions = 37
+    key_bp = {
+        "few": lambda: generator.integers(4, size=(50, positions)) << 61,
+        "one": lambda: np.full((2, positions), 2**40 + 1),
+        "zero": lambda: np.zeros((2, positions), np.int64),
+        "largest": lambda: np.full((2, positions), -1),
+        "neighbours": lambda: generator.integers(3, size=(50, positions)) + 2**50,
+        "signs": lambda: generator.integers(-2, 2, size=(50, positions)),
+    }[keys]()
+    order_bp = key_bp.astype(np.int64).view(np.uint64).argsort(1, kind="stable")
+    for masked in range(positions + 1):
+        want = np.zeros(key_bp.shape, bool)
+        np.put_along_axis(want, order_bp[:, :masked], True, 1)
+        with running(implementation):
+            got = torch.ops.mvd_kernels.tube_mask_of_keys_cpp(torch.from_numpy(key_bp), masked)
+        assert torch.equal(got, torch.from_numpy(want)), masked
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])

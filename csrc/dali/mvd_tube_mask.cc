@@ -2,6 +2,7 @@
 #include "mvd_tube_mask.h"
 
 #include <cstring>
+#include <vector>
 
 #include "tube_mask.h"
 
@@ -23,8 +24,10 @@ class DaliTubeMaskCPU : public DaliTubeMask<dali::CPUBackend> {
 
  private:
   void draw(const int64_t* numbers, bool* mask) const {
-    TubeMaskSampler sampler(numbers[0], static_cast<uint32_t>(numbers[1]), positions(), masked());
-    sampler.draw(numbers[2], mask);
+    std::vector<uint64_t> keys(positions());
+    for (int64_t p = 0; p < positions(); ++p)
+      keys[p] = philox_key(numbers[0], static_cast<uint32_t>(numbers[1]), numbers[2], static_cast<uint32_t>(p));
+    mask_smallest(keys.data(), positions(), masked(), mask);
     for (int64_t t = 1; t < slices(); ++t) std::memcpy(mask + t * positions(), mask, positions() * sizeof(bool));
   }
 };

@@ -7,7 +7,31 @@ the definition that the others are tested against. `use_impl` forces one of them
 from __future__ import annotations
 
 from mvd_kernels._dispatch import implementation, operators, use_impl
+from mvd_kernels.add_layer_norm import AddLayerNorm, add_layer_norm
+from mvd_kernels.attention import attention
+from mvd_kernels.embed_visible_tubes import embed_visible_tubes
+from mvd_kernels.linear_8bit import Linear8bit, QuantizedWeight, linear_8bit, quantize_weight
+from mvd_kernels.linear_smooth_l1 import linear_smooth_l1
+from mvd_kernels.scatter_mask_tokens import scatter_mask_tokens
 from mvd_kernels.tube_mask import TubeMask, masked_per_slice, tube_mask
 
 __version__ = "0.1.0"
-__all__ = ["TubeMask", "__version__", "implementation", "masked_per_slice", "operators", "tube_mask", "use_impl"]
+__all__ = [
+    "AddLayerNorm",
+    "Linear8bit",
+    "QuantizedWeight",
+    "TubeMask",
+    "__version__",
+    "add_layer_norm",
+    "attention",
+    "embed_visible_tubes",
+    "implementation",
+    "linear_8bit",
+    "linear_smooth_l1",
+    "masked_per_slice",
+    "operators",
+    "quantize_weight",
+    "scatter_mask_tokens",
+    "tube_mask",
+    "use_impl",
+]

@@ -69,14 +69,18 @@ class Operator:
 
     def __call__(self, like: Tensor, *args: Any) -> Any:
         """Run the implementation for tensors like `like`."""
-        name = chosen(self.name, like.device.type, like.dtype)
+        name = self.name_for(like)
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device(like.device) if like.device.type == "cuda" else nullcontext():
             return getattr(self, name)(*args)
 
+    def name_for(self, like: Tensor) -> str:
+        """Name of the implementation that tensors like `like` go to."""
+        return chosen(self.name, like.device.type, like.dtype)
+
     def runs_reference(self, like: Tensor) -> bool:
         """Whether tensors like `like` go to the reference, which autograd and torch.compile see through."""
-        return chosen(self.name, like.device.type, like.dtype) == "reference"
+        return self.name_for(like) == "reference"
 
     def choose(self, device: str, dtype: torch.dtype | None) -> tuple[str, str]:
         """Name of the implementation that runs tensors of `device` (its type) and `dtype` (None: any), and why."""

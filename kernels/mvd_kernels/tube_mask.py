@@ -6,7 +6,8 @@ Shapes: b sample, t time slice, p spatial position of a slice (P = H * W), n tok
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -132,6 +133,12 @@ def _launch(seed: int, epoch: int, samples: Tensor, slices: int, positions: int,
         arguments = (samples.contiguous(), *outputs, seed, epoch)
         launch(_tube_mask_kernel, (samples.numel(),), *arguments, flops=0, bytes=written, **sizes)
     return outputs
+
+
+def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    samples = torch.empty(32, dtype=torch.int64, device="meta")
+    for name, slices, positions, ratio in (("224 px clips", 8, 196, 0.9), ("224 px images", 1, 196, 0.75)):
+        yield name, partial(_launch, 0, 0, samples, slices, positions, int(ratio * positions))
 
 
 # ---- registration ----

@@ -1,0 +1,140 @@
+"""What the operators on token matrices share: argument checks, and Triton kernels that sum rows.
+
+Shapes: B clips, R rows of a clip, C columns, N tokens. Sums are fp32 and in a fixed order: no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mvd_kernels._triton import autotune, launch, tl, triton
+
+_ROWS_PER_SUM = 128
+
+
+def describe(x: object) -> str:
+    """A tensor's dtype, shape and device, for error messages; of anything else its type."""
+    return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def check_index(name: str, index: object, batch: int, like: Tensor) -> None:
+    """Raises ValueError unless index is int64 [batch, any number] where `like` is. The kernels check the range."""
+    if (
+        not isinstance(index, Tensor)
+        or index.dtype != torch.int64
+        or index.ndim != 2
+        or index.shape[0] != batch
+        or index.device != like.device
+    ):
+        raise ValueError(f"{name} is {describe(index)}; it must be torch.int64 [{batch}, tokens] on {like.device}")
+
+
+def check_vector(name: str, x: object, size: int, like: Tensor) -> None:
+    """Raises ValueError unless x is a floating-point [size] where `like` is."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or tuple(x.shape) != (size,) or x.device != like.device:
+        raise ValueError(f"{name} is {describe(x)}; it must be floating-point [{size}] on {like.device}")
+
+
+def check_pos(name: str, pos: object, clips: tuple[int, ...], tokens: int, width: int, like: Tensor) -> Tensor:
+    """pos [N, C] or [clips, N, C] as [clips, N, C] in fp32 or the dtype of `like`; N is not checked if negative."""
+    valid = isinstance(pos, Tensor) and pos.is_floating_point() and pos.device == like.device and pos.ndim in (2, 3)
+    if valid:
+        table = pos if pos.ndim == 3 else pos[None]
+        valid = table.shape[0] in clips and table.shape[2] == width and (tokens < 0 or table.shape[1] == tokens)
+    if not valid:
+        count = "N" if tokens < 0 else tokens
+        shapes = " or ".join(str([*lead, count, width]).replace("'", "") for lead in [(), *((one,) for one in clips)])
+        raise ValueError(f"{name} is {describe(pos)}; it must be floating-point {shapes} on {like.device}")
+    return table if table.dtype in (like.dtype, torch.float32) else table.to(like.dtype)
+
+
+# ---- Triton ----
+
+
+@autotune([{"BLOCK": 128, "num_warps": 4}, {"BLOCK": 64, "num_warps": 4}], key=["width"])
+@triton.jit
+def _sum_rows_kernel(
+    rows_ptr, sums_ptr, clip_stride, row_stride, rows, width, per_part, STEP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sums of `per_part` rows each: sums [clips, parts, width]."""
+    part, clip = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    start, end = part * per_part, tl.minimum((part + 1) * per_part, rows)
+    total = tl.zeros([STEP, BLOCK], tl.float32)
+    for first in range(start, end, STEP):
+        row = first + tl.arange(0, STEP)
+        inside = (row < end)[:, None] & (column < width)[None, :]
+        offset = row.to(tl.int64)[:, None] * row_stride + column[None, :]
+        total += tl.load(rows_ptr + clip * clip_stride + offset, mask=inside, other=0).to(tl.float32)
+    place = clip * tl.num_programs(0) + part
+    tl.store(sums_ptr + place * width + column, tl.sum(total, axis=0), mask=column < width)
+
+
+def sum_rows(rows: Tensor) -> Tensor:
+    """Sum of all rows [B, R, C] (C contiguous) -> fp32 [C], in two stages."""
+    batch, count, width = rows.shape
+    total = rows.new_zeros(width, dtype=torch.float32)
+    if not rows.numel():
+        return total
+    parts = triton.cdiv(count, _ROWS_PER_SUM)
+    partial = total.new_empty(batch, parts, width)
+    stages = (
+        (rows, partial, (parts, batch), count, _ROWS_PER_SUM),
+        (partial.view(1, -1, width), total, (1, 1), batch * parts, batch * parts),
+    )
+    for source, target, programs, length, per_part in stages:
+        launch(
+            _sum_rows_kernel,
+            lambda meta, programs=programs: (*programs, triton.cdiv(width, meta["BLOCK"])),
+            *(source, target, source.stride(0), source.stride(1), length, width, per_part),
+            flops=source.numel(),
+            bytes=source.numel() * source.element_size() + target.numel() * 4,
+            STEP=16,
+        )
+    return total
+
+
+def rows_of_tokens(index: Tensor, clips: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Which rows belong to each token: (order [B R], bounds [clips N + 1]).
+
+    The rows order[bounds[i] : bounds[i + 1]] are those of token i % N of clip i // N, or of any clip where clips is 1.
+    Indices out of range belong to no token.
+    """
+    key = index + torch.arange(len(index), device=index.device)[:, None] * (tokens if clips > 1 else 0)
+    inside = (index >= 0) & (index < tokens)
+    key, order = key.where(inside, clips * tokens).flatten().sort(stable=True)
+    return order, torch.searchsorted(key, torch.arange(clips * tokens + 1, device=index.device))
+
+
+@autotune([{"BLOCK": 128, "num_warps": 1}, {"BLOCK": 256, "num_warps": 2}], key=["width"])
+@triton.jit
+def _sum_by_token_kernel(
+    rows_ptr, order_ptr, bounds_ptr, sums_ptr, clip_stride, row_stride, rows, width, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for place in range(tl.load(bounds_ptr + token), tl.load(bounds_ptr + token + 1)):
+        number = tl.load(order_ptr + place)
+        row_ptr = rows_ptr + number // rows * clip_stride + number % rows * row_stride
+        total += tl.load(row_ptr + column, mask=column < width, other=0).to(tl.float32)
+    tl.store(sums_ptr + token * width + column, total, mask=column < width)
+
+
+def sum_rows_by_token(rows: Tensor, index: Tensor, clips: int, tokens: int) -> Tensor:
+    """Sums of the rows [B, R, C] (C contiguous) of each token, index [B, R] -> fp32 [clips, N, C].
+
+    `clips` is B, or 1 to sum over all clips."""
+    width = rows.shape[2]
+    sums = rows.new_zeros(clips, tokens, width, dtype=torch.float32)
+    if rows.numel():
+        launch(
+            _sum_by_token_kernel,
+            lambda meta: (clips * tokens, triton.cdiv(width, meta["BLOCK"])),
+            *(rows, *rows_of_tokens(index, clips, tokens), sums),
+            *(rows.stride(0), rows.stride(1), rows.shape[1], width),
+            flops=rows.numel(),
+            bytes=rows.numel() * rows.element_size() + sums.numel() * 4,
+        )
+    return sums

@@ -1,0 +1,355 @@
+"""Decoder inputs from encoder outputs: projected visible tokens, mask tokens, and the position of each.
+
+Shapes: B clips; N tokens, Nv visible, Nm masked; E columns of the encoder, C of a decoder (each its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvd_kernels._dispatch import Operator, autocast_dtype
+from mvd_kernels._token_rows import check_index, check_pos, check_vector, describe, sum_rows, sum_rows_by_token
+from mvd_kernels._triton import HAS_TRITON, autotune, launch, tl, triton
+
+# Arguments of all implementations. biases: one per decoder, or none at all; mask_tokens [C]; pos [1, N, C].
+_Lists = Sequence[Tensor]
+
+
+# ---- reference ----
+
+
+def _take(pos: Tensor, index: Tensor) -> Tensor:
+    """Rows of pos [1, N, C] at index [B, M] -> [B, M, C]."""
+    return pos[0].index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def _reference(
+    x: Tensor,
+    weights: _Lists,
+    biases: _Lists,
+    mask_tokens: _Lists,
+    pos: _Lists,
+    visible_index: Tensor,
+    masked_index: Tensor,
+) -> list[Tensor]:
+    outputs = []
+    for i, weight in enumerate(weights):
+        bias = biases[i].to(weight.dtype) if biases else None
+        seen = F.linear(x, weight, bias) + _take(pos[i], visible_index).to(weight.dtype)
+        unseen = mask_tokens[i].to(weight.dtype) + _take(pos[i], masked_index).to(weight.dtype)
+        outputs.append(torch.cat([seen, unseen], dim=1))
+    return outputs
+
+
+# ---- C++ ----
+
+
+def _cpp(*arguments) -> list[Tensor]:
+    return torch.ops.mvd_kernels.scatter_mask_tokens_cpp(*arguments)
+
+
+def _cpp_backward(*arguments) -> list[Tensor]:
+    return torch.ops.mvd_kernels.scatter_mask_tokens_backward_cpp(*arguments)
+
+
+# ---- Triton ----
+# The product is torch.mm's and one kernel writes all rows: nine tenths of them are mask tokens, which a product with a
+# fused epilogue would leave to a second kernel, and what is saved is reading and writing the other tenth once.
+
+
+@autotune(
+    [
+        {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4},
+        {"BLOCK_R": 16, "BLOCK_C": 128, "num_warps": 4},
+        {"BLOCK_R": 4, "BLOCK_C": 1024, "num_warps": 8},
+    ],
+    key=["width"],
+)
+@triton.jit
+def _write_rows_kernel(
+    product_ptr,
+    bias_ptr,
+    mask_token_ptr,
+    pos_ptr,
+    visible_ptr,
+    masked_ptr,
+    out_ptr,
+    count,
+    seen,
+    unseen,
+    width,
+    tokens,
+    BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out [B, Nv + Nm, C] from product [B Nv, C]."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    clip, place = row // (seen + unseen), row % (seen + unseen)
+    inside = row < count
+    is_seen = place < seen
+    token = tl.load(visible_ptr + clip.to(tl.int64) * seen + place, mask=inside & is_seen, other=0)
+    token += tl.load(masked_ptr + clip.to(tl.int64) * unseen + place - seen, mask=inside & (place >= seen), other=0)
+    valid = (token >= 0) & (token < tokens)
+
+    columns = (column < width)[None, :]
+    number = (clip.to(tl.int64) * seen + place)[:, None]
+    at_seen = (inside & is_seen)[:, None] & columns
+    projected = tl.load(product_ptr + number * width + column[None, :], mask=at_seen, other=0).to(tl.float32)
+    if BIAS:
+        projected += tl.load(bias_ptr + column, mask=column < width, other=0).to(tl.float32)[None, :]
+    mask_token = tl.load(mask_token_ptr + column, mask=column < width, other=0).to(tl.float32)[None, :]
+    position = tl.load(
+        pos_ptr + token[:, None] * width + column[None, :], mask=(inside & valid)[:, None] & columns, other=0
+    )
+    value = tl.where(is_seen[:, None], projected, mask_token) + position.to(tl.float32)
+    # The host does not wait to look at the indices: rows of tokens that do not exist are NaN.
+    value = tl.where(valid[:, None], value, float("nan"))
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * width + column[None, :], value, mask=inside[:, None] & columns)
+
+
+def _launch(
+    x: Tensor,
+    weights: _Lists,
+    biases: _Lists,
+    mask_tokens: _Lists,
+    pos: _Lists,
+    visible_index: Tensor,
+    masked_index: Tensor,
+) -> list[Tensor]:
+    visible, masked = visible_index.contiguous(), masked_index.contiguous()
+    seen, unseen, outputs = visible.shape[1], masked.shape[1], []
+    for i, weight in enumerate(weights):
+        width, table = weight.shape[0], pos[i].contiguous()
+        product = torch.mm(x.flatten(0, 1), weight.t())
+        out = x.new_empty(len(x), seen + unseen, width)
+        outputs.append(out)
+        if not out.numel():
+            continue
+        rows, moved = len(x) * (seen + unseen), product.numel() * product.element_size()
+        launch(
+            _write_rows_kernel,
+            lambda meta, rows=rows, width=width: (
+                triton.cdiv(rows, meta["BLOCK_R"]),
+                triton.cdiv(width, meta["BLOCK_C"]),
+            ),
+            *(product, biases[i].contiguous() if biases else out, mask_tokens[i].contiguous(), table),
+            *(visible, masked, out, rows, seen, unseen, width, table.shape[1]),
+            flops=2 * out.numel(),
+            bytes=moved + out.numel() * out.element_size() + table.numel() * table.element_size(),
+            BIAS=bool(biases),
+        )
+    return outputs
+
+
+def _launch_backward(
+    grads: _Lists,
+    x: Tensor,
+    weights: _Lists,
+    visible_index: Tensor,
+    masked_index: Tensor,
+    needed: Sequence[bool],
+    tokens: int,
+) -> list[Tensor]:
+    grads, seen = [grad.contiguous() for grad in grads], visible_index.shape[1]
+    for_weights, for_biases, for_masks, for_pos = _by_decoder(needed, len(weights))
+    gradients = []
+    if needed[0] or any(for_weights):
+        # The only copy: the visible rows of all decoders side by side, [B Nv, sum of C].
+        rows = torch.cat([grad[:, :seen] for grad in grads], dim=2).flatten(0, 1)
+        parts = rows.split([len(weight) for weight in weights], dim=1)
+        if needed[0]:
+            # One product over the columns of all decoders sums their shares in fp32.
+            gradients.append(torch.mm(rows, torch.cat(list(weights))).view(x.shape))
+        gradients += [torch.mm(part.t(), x.flatten(0, 1)) for part in _chosen(parts, for_weights)]
+    gradients += [sum_rows(grad[:, :seen]) for grad in _chosen(grads, for_biases)]
+    gradients += [sum_rows(grad[:, seen:]) for grad in _chosen(grads, for_masks)]
+    if any(for_pos):
+        index = torch.cat([visible_index, masked_index], dim=1)
+        gradients += [sum_rows_by_token(grad, index, 1, tokens) for grad in _chosen(grads, for_pos)]
+    return gradients
+
+
+def _by_decoder(needed: Sequence[bool], decoders: int) -> list[Sequence[bool]]:
+    """Which weights, biases, mask tokens and positions need their gradients; needed[0] is that of x."""
+    return [needed[1 + kind * decoders :][:decoders] for kind in range(4)]
+
+
+def _chosen(tensors: _Lists, flags: Sequence[bool]) -> list[Tensor]:
+    return [one for one, flag in zip(tensors, flags, strict=True) if flag]
+
+
+# ---- registration ----
+
+_CPP, _TRITON = (torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16, torch.float16)
+_operator = Operator(
+    "scatter_mask_tokens",
+    reference=_reference,
+    cpp=_cpp,
+    triton=_launch if HAS_TRITON else None,
+    dtypes={"cpp": _CPP, "triton": _TRITON},
+)
+_backward_operator = Operator(
+    "_scatter_mask_tokens_backward",
+    cpp=_cpp_backward,
+    triton=_launch_backward if HAS_TRITON else None,
+    dtypes={"cpp": _CPP, "triton": _TRITON},
+)
+
+
+@torch.library.custom_op("mvd_kernels::scatter_mask_tokens", mutates_args=())
+def _scatter(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    mask_tokens: Sequence[Tensor],
+    pos: Sequence[Tensor],
+    visible_index: Tensor,
+    masked_index: Tensor,
+) -> list[Tensor]:
+    return _operator(x, x, weights, biases, mask_tokens, pos, visible_index, masked_index)
+
+
+@_scatter.register_fake
+def _scatter_fake(x, weights, biases, mask_tokens, pos, visible_index, masked_index):
+    tokens = visible_index.shape[1] + masked_index.shape[1]
+    return [x.new_empty(x.shape[0], tokens, weight.shape[0]) for weight in weights]
+
+
+@torch.library.custom_op("mvd_kernels::scatter_mask_tokens_backward", mutates_args=())
+def _scatter_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    visible_index: Tensor,
+    masked_index: Tensor,
+    needed: Sequence[bool],
+    tokens: int,
+) -> list[Tensor]:
+    return _backward_operator(x, grads, x, weights, visible_index, masked_index, needed, tokens)
+
+
+@_scatter_backward.register_fake
+def _scatter_backward_fake(grads, x, weights, visible_index, masked_index, needed, tokens):
+    for_weights, for_biases, for_masks, for_pos = _by_decoder(needed, len(weights))
+    vectors = [x.new_empty(len(one), dtype=torch.float32) for one in _chosen(weights, for_biases)]
+    vectors += [x.new_empty(len(one), dtype=torch.float32) for one in _chosen(weights, for_masks)]
+    tables = [x.new_empty(1, tokens, len(one), dtype=torch.float32) for one in _chosen(weights, for_pos)]
+    of_weights = [one.new_empty(one.shape) for one in _chosen(weights, for_weights)]
+    return [*([x.new_empty(x.shape)] if needed[0] else ()), *of_weights, *vectors, *tables]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weights, biases, mask_tokens, pos, visible_index, masked_index = inputs
+    ctx.save_for_backward(x, visible_index, masked_index, *weights)
+    ctx.dtypes = [[one.dtype for one in kind] for kind in (weights, biases, mask_tokens, pos)]
+    ctx.tokens = pos[0].shape[1]
+
+
+def _differentiate(ctx, grads: list[Tensor]):
+    x, visible_index, masked_index, *weights = ctx.saved_tensors
+    # Without biases their list is empty; the kernels want a flag for each decoder.
+    flags = [list(kind) or [False] * len(weights) for kind in ctx.needs_input_grad[1:5]]
+    needed = [ctx.needs_input_grad[0], *(flag for kind in flags for flag in kind)]
+    found = iter(_scatter_backward(list(grads), x, weights, visible_index, masked_index, needed, ctx.tokens))
+    of_x = next(found) if needed[0] else None
+    gradients = [
+        [next(found).to(dtype) if flag else None for flag, dtype in zip(kind, dtypes, strict=False)]
+        for kind, dtypes in zip(flags, ctx.dtypes, strict=True)
+    ]
+    return (of_x, *gradients, None, None)
+
+
+_scatter.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+# ---- public ----
+
+
+def scatter_mask_tokens(
+    x: Tensor,
+    weights: Tensor | Sequence[Tensor],
+    biases: Tensor | Sequence[Tensor | None] | None,
+    mask_tokens: Tensor | Sequence[Tensor],
+    pos: Tensor | Sequence[Tensor],
+    visible_index: Tensor,
+    masked_index: Tensor,
+) -> Tensor | list[Tensor]:
+    """Inputs of masked autoencoders' decoders: out = [x W^T + bias + pos[visible] ; mask token + pos[masked]].
+
+    The tokens of a clip are ordered visible first, then masked (VideoMAE, arXiv 2203.12602; MVD, arXiv 2212.04500,
+    with two decoders on one encoder). Each output is written once; gradients go to x (summed over the decoders in
+    fp32), every weight, bias and mask token, and to each table of positions that requires one.
+
+    Args:
+        x: [B, Nv, E], the encoder's output.
+        weights: of each decoder [C, E], in the dtype of x: fp32, bf16 (fp16 on CUDA). Others run as plain PyTorch.
+        biases: of each decoder [C] or None; or None for all.
+        mask_tokens: of each decoder [C] or [1, 1, C].
+        pos: of each decoder [N, C] or [1, N, C], fixed or learned.
+        visible_index, masked_index: int64 [B, Nv] and [B, Nm], indices of tokens.
+        With one decoder, tensors may stand for the lists; the result is then a tensor too.
+
+    Returns:
+        For each decoder [B, Nv + Nm, C] in the dtype of x (autocast's, where it is on). Sums are fp32.
+
+    Raises:
+        ValueError: if an argument is not as said above. An index out of range raises on the CPU; on CUDA, where the
+            host would have to wait to see it, its row is NaN.
+    """
+    if isinstance(weights, Tensor):
+        if lists := [type(one).__name__ for one in (biases, mask_tokens, pos) if isinstance(one, (list, tuple))]:
+            raise ValueError(
+                f"weights is a tensor, but another argument is a {lists[0]}; give only lists or only tensors"
+            )
+        one = scatter_mask_tokens(x, [weights], [biases], [mask_tokens], [pos], visible_index, masked_index)
+        return one[0]
+    biases = [None] * len(weights) if biases is None else biases
+    _check_counts(weights, biases, mask_tokens, pos)
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(f"x is {describe(x)}; it must be floating-point [B, Nv, E]")
+    check_index("visible_index", visible_index, x.shape[0], x)
+    if visible_index.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"visible_index is {describe(visible_index)}; it must have an index for each row of x {list(x.shape)}"
+        )
+    check_index("masked_index", masked_index, x.shape[0], x)
+    dtype = autocast_dtype(x.device)
+    if dtype and x.dtype != torch.float64:
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    mask_tokens = [token.flatten() if tuple(token.shape[:-1]) == (1, 1) else token for token in mask_tokens]
+    for i, weight in enumerate(weights):
+        _check_decoder(i, x, weight, biases[i], mask_tokens[i])
+    tokens = -1  # the first table's number holds for all
+    tables = []
+    for i, (table, weight) in enumerate(zip(pos, weights, strict=True)):
+        tables.append(check_pos(f"pos[{i}]", table, (1,), tokens, weight.shape[0], x))
+        tokens = tables[0].shape[1]
+    if any(bias is not None for bias in biases):
+        biases = [x.new_zeros(len(w)) if bias is None else bias for bias, w in zip(biases, weights, strict=True)]
+    else:
+        biases = []
+    arguments = (x, list(weights), biases, mask_tokens, tables, visible_index, masked_index)
+    return _reference(*arguments) if _operator.runs_reference(x) else _scatter(*arguments)
+
+
+def _check_counts(weights: Sequence, biases: Sequence, mask_tokens: Sequence, pos: Sequence) -> None:
+    lists = {"weights": weights, "biases": biases, "mask_tokens": mask_tokens, "pos": pos}
+    if mixed := [name for name, one in lists.items() if isinstance(one, Tensor)]:
+        raise ValueError(f"weights is a list, but {mixed[0]} a tensor; give only lists or only tensors")
+    if len({len(one) for one in lists.values()}) != 1 or not weights:
+        counts = ", ".join(f"{len(one)} {name}" for name, one in lists.items())
+        raise ValueError(f"there are {counts}; there must be one of each for every decoder, and at least one decoder")
+
+
+def _check_decoder(i: int, x: Tensor, weight: Tensor, bias: Tensor | None, mask_token: Tensor) -> None:
+    if weight.ndim != 2 or weight.shape[1] != x.shape[2] or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(f"weights[{i}] is {describe(weight)}; it must be {x.dtype} [C, {x.shape[2]}] on {x.device}")
+    if bias is not None:
+        check_vector(f"biases[{i}]", bias, weight.shape[0], x)
+    check_vector(f"mask_tokens[{i}]", mask_token, weight.shape[0], x)
