@@ -60,7 +60,8 @@ def devices() -> Iterator[Row]:
     from mvd_kernels._dispatch import extension
 
     module, problem = extension()
-    yield "instruction sets", " ".join(module.cpu_features()) or "none known" if module else "unknown", problem or ""
+    features = " ".join(module.cpu_features()) or "none known" if module else "unknown"
+    yield "instruction sets", features, f"operators use {module.isa_name()}" if module else problem or ""
     import torch
 
     if not torch.cuda.is_available():

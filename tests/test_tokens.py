@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from mvd_fast.models.layers import DropPath, TubeletEmbed
+from mvd_fast.models.layers import LN_EPS, DropPath, TubeletEmbed, make_blocks, run_blocks
 from mvd_fast.models.student import MaskedVideoStudent
 from mvd_fast.models.tokens import paste_tubes, split_mask, take_tokens, tubes
 
@@ -19,10 +20,11 @@ def random_index(batch: int, tokens: int, count: int) -> torch.Tensor:
 def test_embedding_equals_the_convolution() -> None:
     embed = TubeletEmbed(24, 2, 8).double()
     video = torch.randn(3, 3, 4, 32, 48, dtype=torch.float64)
-    expected = embed.proj(video).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(embed(video), expected)
+    pos = torch.randn(1, 48, 24, dtype=torch.float64)
+    expected = embed.proj(video).flatten(2).transpose(1, 2) + pos
+    torch.testing.assert_close(embed(video, pos), expected)
     index = random_index(3, expected.shape[1], 7)
-    torch.testing.assert_close(embed(video, index), take_tokens(expected, index))
+    torch.testing.assert_close(embed(video, pos, index), take_tokens(expected, index))
 
 
 def test_pasting_tubes_back_is_the_inverse() -> None:
@@ -64,11 +66,32 @@ def test_bad_clips_are_refused() -> None:
 def test_drop_path_keeps_the_mean_and_is_off_in_eval() -> None:
     torch.manual_seed(0)
     layer, x = DropPath(0.25), torch.ones(4000, 2, 3)
-    dropped = layer(x)
-    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
-    assert dropped.mean().item() == pytest.approx(1.0, abs=0.05)
-    assert (dropped.flatten(1).std(1) == 0).all(), "a sample is dropped as a whole"
-    assert torch.equal(layer.eval()(x), x)
+    scale = layer(x)
+    assert scale.shape == (4000,) and scale.dtype == torch.float32
+    assert scale.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert scale.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert layer.eval()(x) is None
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_pending_additions_change_nothing(recompute: bool) -> None:
+    """Blocks whose last addition is left to the next LayerNorm equal the plain formula, drop path included."""
+    blocks = make_blocks(32, 3, 2, drop_path=0.5).double().train()
+    x = torch.randn(6, 5, 32, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(0)
+    actual = run_blocks(blocks, x, recompute)
+    torch.manual_seed(0)
+    expected = x
+    for block in blocks:
+        for norm, branch in ((block.norm1, block.attn), (block.norm2, block.mlp)):
+            added = branch(F.layer_norm(expected, (32,), norm.weight, norm.bias, LN_EPS))
+            scale = block.drop_path(expected)
+            expected = expected + (added if scale is None else added * scale[:, None, None])
+    torch.testing.assert_close(actual.sum(), expected)
+    torch.testing.assert_close(actual.last(2).sum(), expected[:, 3:])
+    gradient = torch.randn_like(expected)
+    ours, plain = (torch.autograd.grad(y, x, gradient)[0] for y in (actual.sum(), expected))
+    torch.testing.assert_close(ours, plain)
 
 
 def test_empty_batch() -> None:

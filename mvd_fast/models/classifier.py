@@ -46,8 +46,7 @@ class VideoClassifier(nn.Module):
     def features(self, video: Tensor) -> Tensor:
         """video float [B, 3, T, H, W] (normalised) -> pooled, normed features [B, D]."""
         check_video(video, self.num_frames, self.image_size)
-        x = self.patch_embed(video)
-        x = run_blocks(self.blocks, x + self.positions.to(x.dtype), self.recompute)
+        x = run_blocks(self.blocks, self.patch_embed(video, self.positions), self.recompute).sum()
         return self.fc_norm(x.mean(1))
 
     def forward(self, video: Tensor) -> Tensor:

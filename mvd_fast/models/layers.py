@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .tokens import tubes
+from mvd_kernels import AddLayerNorm, attention, embed_visible_tubes, linear_smooth_l1, scatter_mask_tokens
 
 LN_EPS = 1e-6
 
@@ -22,11 +23,15 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | None:
+        """Factors of the samples of a branch that is added to x [B, N, D]: float32 [B], 0 or 1 / (1 - rate).
+
+        None where nothing is dropped.
+        """
         if not self.training or self.rate == 0.0:
-            return x
-        keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
-        return x * (keep / (1.0 - self.rate)).to(x.dtype)
+            return None
+        keep = torch.rand(x.shape[0], device=x.device) >= self.rate
+        return keep / (1.0 - self.rate)
 
 
 class Attention(nn.Module):
@@ -51,9 +56,8 @@ class Attention(nn.Module):
         if self.split_bias:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, head dim]
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj(x)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # each [B, N, heads, head dim]
+        return self.proj(attention(q, k, v).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -66,20 +70,41 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class Pending(NamedTuple):
+    """The residual stream [B, N, D] and a branch still to be added to it: the next LayerNorm does it in passing."""
+
+    x: Tensor
+    branch: Tensor | None = None
+    scale: Tensor | None = None  # the branch's factors [B] (drop path), None: 1
+
+    def last(self, count: int) -> Pending:
+        """Of every sample the last `count` tokens."""
+        start = self.x.shape[1] - count
+        return Pending(self.x[:, start:], None if self.branch is None else self.branch[:, start:], self.scale)
+
+    def sum(self) -> Tensor:
+        if self.branch is None:
+            return self.x
+        branch = self.branch if self.scale is None else self.branch * self.scale.to(self.branch.dtype)[:, None, None]
+        return self.x + branch
+
+
 class Block(nn.Module):
-    """x + attention(LN x), then x + MLP(LN x); exact GELU, hidden width 4 D."""
+    """x + attention(LN x), then x + MLP(LN x); exact GELU, hidden width 4 D. The last addition is left pending."""
 
     def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0, split_bias: bool = True) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.norm1 = AddLayerNorm(dim, eps=LN_EPS)
         self.attn = Attention(dim, num_heads, split_bias)
-        self.norm2 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.norm2 = AddLayerNorm(dim, eps=LN_EPS)
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None) -> Pending:
+        """x [B, N, D] and what is pending from the block before."""
+        x, normed = self.norm1(x, branch, scale)
+        x, normed = self.norm2(x, self.attn(normed), self.drop_path(x))
+        return Pending(x, self.mlp(normed), self.drop_path(x))
 
 
 def make_blocks(dim: int, depth: int, num_heads: int, drop_path: float = 0.0, split_bias: bool = True) -> nn.ModuleList:
@@ -88,14 +113,15 @@ def make_blocks(dim: int, depth: int, num_heads: int, drop_path: float = 0.0, sp
     return nn.ModuleList(Block(dim, num_heads, rate, split_bias) for rate in rates)
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool = False) -> Tensor:
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool = False) -> Pending:
     """Applies the blocks; `recompute` keeps only each block's input and recomputes the rest in backward."""
+    pending = Pending(x)
     for block in blocks:
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(block, x, use_reentrant=False)
+            pending = Pending(*checkpoint(block, *pending, use_reentrant=False))
         else:
-            x = block(x)
-    return x
+            pending = block(*pending)
+    return pending
 
 
 class TubeletEmbed(nn.Module):
@@ -109,11 +135,36 @@ class TubeletEmbed(nn.Module):
         self.pixels = 3 * tubelet_size * patch_size**2  # values of one tube
         self.proj = nn.Conv3d(3, embed_dim, kernel_size=tube, stride=tube)
 
-    def forward(self, video: Tensor, index: Tensor | None = None) -> Tensor:
-        """video [B, 3, T, H, W] -> [B, N, D], or [B, M, D] for index int64 [B, M]."""
-        weight = self.proj.weight.flatten(1)
-        pixels = tubes(video, self.tubelet_size, self.patch_size, index).flatten(2)
-        return F.linear(pixels.to(weight.dtype), weight, self.proj.bias)
+    def forward(self, video: Tensor, pos: Tensor, index: Tensor | None = None) -> Tensor:
+        """video [B, 3, T, H, W], pos [1, N, D] -> [B, N, D], or [B, M, D] for index int64 [B, M]; positions added."""
+        return embed_visible_tubes(video, self.proj.weight, self.proj.bias, pos, index)
+
+
+class MaskTokens(nn.Linear):
+    """Encoder output to a decoder's input: projected visible tokens, then mask tokens, each with its position."""
+
+    def forward(self, x: Tensor, token: Tensor, pos: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """x [B, Nv, E], token [1, 1, D], pos [1, N, D], visible int64 [B, Nv], masked int64 [B, Nm] -> [B, N, D]."""
+        return scatter_mask_tokens(x, self.weight, self.bias, token, pos, visible, masked)
+
+
+class Target(NamedTuple):
+    """A teacher's features [B, N, C], those that a head predicts (int64 [B, M]), and whether they are normalised."""
+
+    features: Tensor
+    index: Tensor
+    normalize: bool = False
+
+
+class Head(nn.Linear):
+    """The last layer of a decoder: predictions or, given the target, their smooth-L1 loss, never holding either."""
+
+    def forward(self, x: Tensor, target: Target | None = None) -> Tensor:
+        """x [B, M, D] -> [B, M, C], or a float32 scalar: the mean over all tokens and channels."""
+        if target is None:
+            return super().forward(x)
+        features, index, normalize = target
+        return linear_smooth_l1(x, self.weight, self.bias, features, index, normalize_target=normalize)
 
 
 class Decoder(nn.Module):
@@ -122,13 +173,14 @@ class Decoder(nn.Module):
     def __init__(self, dim: int, depth: int, num_heads: int, output_dim: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.blocks = make_blocks(dim, depth, num_heads, drop_path)
-        self.norm = nn.LayerNorm(dim, eps=LN_EPS)
-        self.head = nn.Linear(dim, output_dim)
+        self.norm = AddLayerNorm(dim, eps=LN_EPS)
+        self.head = Head(dim, output_dim)
         self.recompute = False
 
-    def forward(self, x: Tensor, num_outputs: int) -> Tensor:
-        x = run_blocks(self.blocks, x, self.recompute)
-        return self.head(self.norm(x[:, x.shape[1] - num_outputs :]))
+    def forward(self, x: Tensor, num_outputs: int, target: Target | None = None) -> Tensor:
+        """x [B, N, D] -> predictions [B, num_outputs, C], or their loss where the target is given."""
+        _, normed = self.norm(*run_blocks(self.blocks, x, self.recompute).last(num_outputs))
+        return self.head(normed, target)
 
 
 def init_linear(module: nn.Module) -> None:

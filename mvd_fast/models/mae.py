@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvd_fast.config import ModelConfig, TeachersConfig
+from mvd_kernels import AddLayerNorm, embed_visible_tubes
 
 from .layers import (
     LN_EPS,
+    MaskTokens,
+    Pending,
     block_flops,
     check_shape,
     frozen,
@@ -22,7 +25,7 @@ from .layers import (
     run_blocks,
 )
 from .positions import sincos_2d
-from .tokens import split_mask, take_tokens, tubes
+from .tokens import split_mask, tubes
 
 
 class PatchEmbed(nn.Module):
@@ -34,11 +37,9 @@ class PatchEmbed(nn.Module):
         self.pixels = 3 * patch_size**2  # values of one patch
         self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
-        """images [B, 3, H, W] -> [B, N, D], or [B, M, D] for index int64 [B, M]."""
-        weight = self.proj.weight.flatten(1)
-        pixels = tubes(images[:, :, None], 1, self.patch_size, index).flatten(2)
-        return F.linear(pixels.to(weight.dtype), weight, self.proj.bias)
+    def forward(self, images: Tensor, pos: Tensor, index: Tensor | None = None) -> Tensor:
+        """images [B, 3, H, W], pos [1, N, D] -> [B, N, D], or [B, M, D] for index int64 [B, M]; positions added."""
+        return embed_visible_tubes(images[:, :, None], self.proj.weight[:, :, None], self.proj.bias, pos, index)
 
 
 class ImageTeacher(nn.Module):
@@ -67,7 +68,7 @@ class ImageTeacher(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = frozen(sincos_2d(embed_dim, side, side, cls_token=True))
         self.blocks = make_blocks(embed_dim, depth, num_heads, drop_path, split_bias=False)
-        self.norm = nn.LayerNorm(embed_dim, eps=LN_EPS)
+        self.norm = AddLayerNorm(embed_dim, eps=LN_EPS)
         self.register_load_state_dict_pre_hook(_keep_own_positions)
         self._init()
 
@@ -76,18 +77,17 @@ class ImageTeacher(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def encode(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, visible: Tensor | None = None) -> Pending:
         """[B, 3, H, W] -> un-normed tokens [B, 1 + N, C], cls first; only visible int64 [B, Nv] where given."""
         check_shape("images", images, (3, self.image_size, self.image_size))
-        pos = self.pos_embed[:, 1:]
-        x = self.patch_embed(images, visible) + (pos if visible is None else take_tokens(pos, visible))
+        x = self.patch_embed(images, self.pos_embed[:, 1:], visible)
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
         return run_blocks(self.blocks, x, self.recompute)
 
     def forward(self, images: Tensor) -> Tensor:
         """images float [B, 3, H, W] (normalised) -> [B, N, C]."""
-        return self.encode(images)[:, 1:]
+        return self.encode(images).sum()[:, 1:]
 
     def encoder_flops(self, num_tokens: int) -> float:
         """Forward FLOP per image with `num_tokens` patches (the cls token comes on top)."""
@@ -120,11 +120,11 @@ class MaskedAutoencoder(ImageTeacher):
         super().__init__(image_size, patch_size, embed_dim, depth, num_heads, drop_path, activation_checkpointing)
         side = image_size // patch_size
         self.decoder_dim, self.patch_size = decoder_dim, patch_size
-        self.decoder_embed = nn.Linear(embed_dim, decoder_dim)
+        self.decoder_embed = MaskTokens(embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder_pos_embed = frozen(sincos_2d(decoder_dim, side, side, cls_token=True))
         self.decoder_blocks = make_blocks(decoder_dim, decoder_depth, decoder_heads, drop_path, split_bias=False)
-        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=LN_EPS)
+        self.decoder_norm = AddLayerNorm(decoder_dim, eps=LN_EPS)
         self.decoder_pred = nn.Linear(decoder_dim, 3 * patch_size**2)
         self._init()
         nn.init.normal_(self.mask_token, std=0.02)
@@ -132,12 +132,12 @@ class MaskedAutoencoder(ImageTeacher):
     def forward(self, images: Tensor, mask: Tensor, num_visible: int | None = None) -> Tensor:
         """images float [B, 3, H, W], mask bool [B, N], True = masked -> pixels of masked patches [B, Nm, p*p*3]."""
         visible, masked = split_mask(mask, num_visible)
-        x = self.decoder_embed(self.norm(self.encode(images, visible)))
-        cls_pos, pos = self.decoder_pos_embed[:, :1], self.decoder_pos_embed[:, 1:]
-        cls, seen = x[:, :1] + cls_pos, x[:, 1:] + take_tokens(pos, visible)
-        unseen = self.mask_token + take_tokens(pos, masked)
-        x = run_blocks(self.decoder_blocks, torch.cat([cls, seen, unseen], dim=1), self.recompute)
-        return self.decoder_pred(self.decoder_norm(x[:, x.shape[1] - masked.shape[1] :]))
+        # In the table, row 0 is the cls token's, and the patches follow.
+        seen, unseen = F.pad(visible + 1, (1, 0)), masked + 1
+        _, x = self.norm(*self.encode(images, visible))
+        x = self.decoder_embed(x, self.mask_token, self.decoder_pos_embed, seen, unseen)
+        _, x = self.decoder_norm(*run_blocks(self.decoder_blocks, x, self.recompute).last(unseen.shape[1]))
+        return self.decoder_pred(x)
 
     def targets(
         self, images: Tensor, masked: Tensor, normalize: bool, mean: Sequence[float], std: Sequence[float]

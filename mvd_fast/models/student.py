@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from mvd_fast.config import ModelConfig, TeachersConfig
+from mvd_kernels import AddLayerNorm
 
 from .layers import (
     LN_EPS,
     Decoder,
+    MaskTokens,
+    Target,
     TubeletEmbed,
     block_flops,
     check_video,
@@ -23,7 +25,7 @@ from .layers import (
     run_blocks,
 )
 from .positions import sincos_3d
-from .tokens import split_mask, take_tokens
+from .tokens import split_mask
 
 BRANCHES = ("img", "vid")
 
@@ -62,11 +64,11 @@ class MaskedVideoStudent(nn.Module):
         self.patch_embed = TubeletEmbed(embed_dim, tubelet_size, patch_size)
         self.pos_embed = frozen(sincos_3d(embed_dim, *self.grid))
         self.blocks = make_blocks(embed_dim, depth, num_heads, drop_path)
-        self.norm = nn.LayerNorm(embed_dim, eps=LN_EPS)
+        self.norm = AddLayerNorm(embed_dim, eps=LN_EPS)
         for branch, target_dim in zip(BRANCHES, (image_target_dim, video_target_dim), strict=True):
             decoder = Decoder(decoder_dim, decoder_depth, decoder_heads, target_dim, drop_path)
             decoder.recompute = activation_checkpointing
-            self.add_module(f"down_{branch}", nn.Linear(embed_dim, decoder_dim))
+            self.add_module(f"down_{branch}", MaskTokens(embed_dim, decoder_dim))
             self.register_parameter(f"mask_token_{branch}", mask_token(decoder_dim))
             self.register_parameter(f"pos_embed_{branch}", frozen(sincos_3d(decoder_dim, *self.grid)))
             self.add_module(f"decoder_{branch}", decoder)
@@ -75,25 +77,39 @@ class MaskedVideoStudent(nn.Module):
     def encode(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
         """video [B, 3, T, H, W] -> normed tokens [B, N, D], or [B, Nv, D] for visible int64 [B, Nv]."""
         check_video(video, self.num_frames, self.image_size)
-        pos = self.pos_embed if visible is None else take_tokens(self.pos_embed, visible)
-        x = self.patch_embed(video, visible) + pos
-        return self.norm(run_blocks(self.blocks, x, self.recompute))
+        x = self.patch_embed(video, self.pos_embed, visible)
+        return self.norm(*run_blocks(self.blocks, x, self.recompute))[1]
 
-    def forward(self, video: Tensor, mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        video: Tensor,
+        mask: Tensor,
+        num_visible: int | None = None,
+        targets: tuple[Tensor | None, Tensor | None] | None = None,
+        normalize_targets: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """video float [B, 3, T, H, W] (normalised), mask bool [B, N], True = masked, equal counts per row.
 
         Returns (pred_image [B, Nm, image_target_dim], pred_video [B, Nm, video_target_dim]), masked tokens ascending.
-        `num_visible`: tokens visible per row, if known; saves a device synchronisation.
+        `num_visible`: tokens visible per row, if known; saves a device synchronisation. With `targets`, both teachers'
+        features of all tokens ([B, N, image_target_dim], [B, N, video_target_dim]), returns the two smooth-L1 losses
+        instead (float32 scalars): of features normalised per token with `normalize_targets`, None for a target None.
         """
         visible, masked = split_mask(mask, num_visible)
         x = self.encode(video, visible)
-        return tuple(self._decode(branch, x, visible, masked) for branch in BRANCHES)
+        if targets is None:
+            return tuple(self._decode(branch, x, visible, masked) for branch in BRANCHES)
+        return tuple(
+            None
+            if features is None
+            else self._decode(branch, x, visible, masked, Target(features, masked, normalize_targets))
+            for branch, features in zip(BRANCHES, targets, strict=True)
+        )
 
-    def _decode(self, branch: str, x: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        pos = getattr(self, f"pos_embed_{branch}")
-        seen = getattr(self, f"down_{branch}")(x) + take_tokens(pos, visible)
-        unseen = getattr(self, f"mask_token_{branch}") + take_tokens(pos, masked)
-        return getattr(self, f"decoder_{branch}")(torch.cat([seen, unseen], dim=1), masked.shape[1])
+    def _decode(self, branch: str, x: Tensor, visible: Tensor, masked: Tensor, target: Target | None = None) -> Tensor:
+        token, pos = getattr(self, f"mask_token_{branch}"), getattr(self, f"pos_embed_{branch}")
+        x = getattr(self, f"down_{branch}")(x, token, pos, visible, masked)
+        return getattr(self, f"decoder_{branch}")(x, masked.shape[1], target)
 
     def flops(self, num_visible: int) -> float:
         """Forward FLOP per clip with `num_visible` tokens visible."""

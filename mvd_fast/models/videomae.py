@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mvd_fast.config import ModelConfig, TeachersConfig
+from mvd_kernels import AddLayerNorm
 
 from .layers import (
     LN_EPS,
     Decoder,
+    MaskTokens,
     TubeletEmbed,
     block_flops,
     check_video,
@@ -22,7 +24,7 @@ from .layers import (
     run_blocks,
 )
 from .positions import sinusoid_1d
-from .tokens import split_mask, take_tokens, tubes
+from .tokens import split_mask, tubes
 
 
 class VideoEncoder(nn.Module):
@@ -46,19 +48,18 @@ class VideoEncoder(nn.Module):
         self.recompute = False
         self.patch_embed = TubeletEmbed(embed_dim, tubelet_size, patch_size)
         self.blocks = make_blocks(embed_dim, depth, num_heads, drop_path)
-        self.norm = nn.LayerNorm(embed_dim, eps=LN_EPS)
+        self.norm = AddLayerNorm(embed_dim, eps=LN_EPS)
         self.register_buffer("positions", sinusoid_1d(embed_dim, self.num_tokens), persistent=False)
 
     @property
     def num_tokens(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
-    def forward(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
-        """video [B, 3, T, H, W] -> un-normed tokens [B, N, D], or [B, Nv, D] for visible int64 [B, Nv]."""
+    def forward(self, video: Tensor, visible: Tensor | None = None, normed: bool = False) -> Tensor:
+        """video [B, 3, T, H, W] -> tokens [B, N, D], or [B, Nv, D] for visible int64 [B, Nv]; un-normed by default."""
         check_video(video, self.num_frames, self.image_size)
-        x = self.patch_embed(video, visible)
-        x = x + (self.positions if visible is None else take_tokens(self.positions, visible)).to(x.dtype)
-        return run_blocks(self.blocks, x, self.recompute)
+        x = run_blocks(self.blocks, self.patch_embed(video, self.positions, visible), self.recompute)
+        return self.norm(*x)[1] if normed else x.sum()
 
     def flops(self, num_tokens: int) -> float:
         """Forward FLOP per clip on `num_tokens` tokens."""
@@ -118,7 +119,7 @@ class VideoMAE(nn.Module):
         self.encoder = VideoEncoder(
             image_size, patch_size, num_frames, tubelet_size, embed_dim, depth, num_heads, drop_path
         )
-        self.encoder_to_decoder = nn.Linear(embed_dim, decoder_dim, bias=False)
+        self.encoder_to_decoder = MaskTokens(embed_dim, decoder_dim, bias=False)
         self.mask_token = mask_token(decoder_dim)
         pixels = 3 * tubelet_size * patch_size**2
         self.decoder = Decoder(decoder_dim, decoder_depth, decoder_heads, pixels, drop_path)
@@ -133,10 +134,9 @@ class VideoMAE(nn.Module):
     def forward(self, video: Tensor, mask: Tensor, num_visible: int | None = None) -> Tensor:
         """video float [B, 3, T, H, W], mask bool [B, N], True = masked -> pixels of masked tubes [B, Nm, t*p*p*3]."""
         visible, masked = split_mask(mask, num_visible)
-        x = self.encoder_to_decoder(self.encoder.norm(self.encoder(video, visible)))
-        pos = self.positions.to(x.dtype)
-        seen, unseen = x + take_tokens(pos, visible), self.mask_token + take_tokens(pos, masked)
-        return self.decoder(torch.cat([seen, unseen], dim=1), masked.shape[1])
+        x = self.encoder(video, visible, normed=True)
+        x = self.encoder_to_decoder(x, self.mask_token, self.positions, visible, masked)
+        return self.decoder(x, masked.shape[1])
 
     def targets(
         self, video: Tensor, masked: Tensor, normalize: bool, mean: Sequence[float], std: Sequence[float]

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from mvd_fast.config import RunConfig
 from mvd_fast.models import build_model
-from mvd_fast.models.layers import LN_EPS
-from mvd_fast.models.tokens import split_mask, take_tokens
 from mvd_fast.teachers import build_teacher
 
 # Backward costs twice the forward: one product for the input's gradient, one for the weight's.
@@ -55,14 +53,8 @@ class DistillationObjective(nn.Module):
         video, mask = batch["video"], batch["mask"]
         with torch.inference_mode():
             targets = self.targets(video)
-        predictions = self.model(video, mask, self.num_visible)
-        _, masked = split_mask(mask, mask.shape[1] - predictions[0].shape[1])
-        loss_image, loss_video = (
-            F.smooth_l1_loss(prediction.float(), take_tokens(target, masked).float())
-            if target is not None
-            else prediction.new_zeros((), dtype=torch.float32)
-            for prediction, target in zip(predictions, targets, strict=True)
-        )
+        losses = self.model(video, mask, self.num_visible, targets, self.normalize_targets)
+        loss_image, loss_video = (video.new_zeros((), dtype=torch.float32) if part is None else part for part in losses)
         loss = self.image_weight * loss_image + self.video_weight * loss_video
         return {"loss": loss, "loss_image": loss_image, "loss_video": loss_video}
 
@@ -70,8 +62,6 @@ class DistillationObjective(nn.Module):
         """Both teachers' features at every token: ([B, N, C_image], [B, N, C_video]); None where the weight is 0."""
         image = self.frame_features(video) if self.image_weight else None
         clip = self.video_teacher(video) if self.video_weight else None
-        if self.normalize_targets:
-            image, clip = (x if x is None else F.layer_norm(x.float(), x.shape[-1:], eps=LN_EPS) for x in (image, clip))
         return image, clip
 
     def frame_features(self, video: Tensor) -> Tensor:
