@@ -9,14 +9,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from compare import Comparison, copy_peak, gemm_peak, table
 
 from mvd_kernels._dispatch import extension
@@ -26,6 +22,7 @@ _session = Comparison(seconds_per_case=float(os.environ.get("MVD_BENCH_SECONDS",
 
 @pytest.fixture
 def compare() -> Comparison:
+    torch.compiler.reset()  # else a function compiled for one case is compiled for any shape in the next one
     return _session
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yardstick
 from safetensors.torch import load_file
 
 from mvd_fast.models import (
@@ -118,6 +119,18 @@ def test_mvd_losses_gradients_and_three_steps(mvd, kind: str, normalize: bool) -
         # AdamW divides by the root of squared gradients: entries whose gradient is rounding noise may move by lr.
         close = (student.state_dict()[name] - value).abs() <= 1e-4 * value.abs().max()
         assert close.float().mean() > 0.999, name
+
+
+@pytest.mark.parametrize(("kind", "normalize"), [("raw", False), ("norm", True)])
+def test_the_benchmarks_yardstick_computes_the_same(mvd, kind: str, normalize: bool) -> None:
+    facts, tensors, batch, student, image_teacher, video_teacher = mvd
+    objective = DistillationObjective(student, image_teacher, video_teacher, normalize_targets=normalize)
+    out = yardstick.distillation_losses(objective, batch)
+    step = facts[kind]["steps"][0]
+    expected = {"loss": step["total"], "loss_image": step["image"], "loss_video": step["video"]}
+    assert {name: part.item() for name, part in out.items()} == pytest.approx(expected, rel=1e-5)
+    out["loss"].backward()
+    assert_grads(student, sub(tensors, f"grad_{kind}"))
 
 
 def test_no_weight_decay_on_the_references_set(mvd) -> None:
