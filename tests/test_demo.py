@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import teacher_8bit
 import tiny_runs
 import torch
 
@@ -144,6 +145,11 @@ def test_the_quick_demo_from_nothing_to_the_report(tmp_path: Path) -> None:
         assert records[-1]["loss"] < records[0]["loss"], run
     page = (out / "report.html").read_text()
     assert "<svg" in page and "student" in page
+
+    in_8_bits = teacher_8bit.cosines(out)
+    assert len(in_8_bits) > 8
+    for layer, cosines in in_8_bits.items():
+        assert cosines.min() >= 0.999, layer
 
     start = time.monotonic()
     again = demo()

@@ -1,0 +1,61 @@
+"""How close a trained teacher's linear layers come in 8 bits: `python benchmarks/teacher_8bit.py runs/demo`.
+
+Runs both teachers of a finished demo on test clips, and every linear layer of their blocks again in 8 bits on the same
+input: cosine of each token with the layer in float32. That is what `linear_8bit` adds; the whole network in 8 bits is
+another question.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvd_fast.config_file import load_config
+from mvd_fast.data import build_loader
+from mvd_fast.models.layers import Attention
+from mvd_fast.objectives import build_objective
+from mvd_kernels import linear_8bit, quantize_weight
+
+CLIPS = 8
+
+
+@torch.inference_mode()
+def cosines(demo: Path) -> dict[str, Tensor]:
+    """Of every linear layer in the blocks of both teachers, by name: float64 [tokens]."""
+    config = load_config(str(demo / "student" / "config.json"), [f"data.train={demo / 'data' / 'test.txt'}"])
+    objective = build_objective(config).eval()
+    found: dict[str, Tensor] = {}
+
+    def compare(name: str, layer: nn.Linear):
+        weight = quantize_weight(layer.weight)
+
+        def hook(_layer: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
+            x, bias = inputs[0], layer.bias
+            exact = F.linear(x.double(), layer.weight.double(), None if bias is None else bias.double())
+            found[name] = F.cosine_similarity(linear_8bit(x, weight, bias).double(), exact, dim=-1).flatten()
+
+        return hook
+
+    for role in ("image_teacher", "video_teacher"):
+        for name, layer in getattr(objective, role).named_modules():
+            if isinstance(layer, Attention):  # which multiplies with the weight of its first layer itself
+                layer.register_forward_hook(compare(f"{role}.{name}.qkv", layer.qkv))
+            elif isinstance(layer, nn.Linear) and "blocks." in name and not name.endswith(".qkv"):
+                layer.register_forward_hook(compare(f"{role}.{name}", layer))
+    loader = build_loader(config, 0, 1, torch.device("cpu"), CLIPS, 1)
+    objective.targets(next(loader.batches(0))["video"])
+    loader.close()
+    return found
+
+
+def main() -> None:
+    for name, values in cosines(Path(sys.argv[1])).items():
+        print(f"{name:<50} {values.numel():>7} tokens   least {values.min():.6f}   mean {values.mean():.6f}")
+
+
+if __name__ == "__main__":
+    main()
