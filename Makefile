@@ -1,9 +1,10 @@
-# make setup | test | demo [SIZE=quick] | lint | clean      PYTHON=python3.12 chooses the interpreter
+# make setup | test | demo [SIZE=quick] | kernels-check | emulate | lint | clean      PYTHON=python3.12 chooses the interpreter
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint clean
+.PHONY: help setup test demo kernels-check emulate lint clean
 
 SIZE ?= full
+TABLE := tests/data/kernels_table.json
 BIN := .venv/bin
 STAMP := .venv/.setup-done
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -16,8 +17,10 @@ step = @printf '%-60s\n' "mvd-fast: $(1) ..."; start=$$SECONDS; $(2) || { echo "
 
 help:
 	@echo "make setup   virtual environment, pinned dependencies, native build (a few minutes, 7 GB)"
-	@echo "make test    setup, then the tests"
+	@echo "make test    setup, kernels-check, then the tests"
+	@echo "make kernels-check  compile every Triton kernel for sm_80, sm_90, sm_100; see build/kernels.txt"
 	@echo "make demo    setup, then the demonstration on synthetic video (SIZE=quick: at most 3 minutes)"
+	@echo "make emulate tests of the operators with AVX-512 emulated, for processors without it (needs SIMDe)"
 	@echo "make lint    ruff"
 	@echo "make clean   remove what was built (not .venv, not runs)"
 
@@ -33,11 +36,23 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE)
 	$(call step,build mvd-fast and install it with the rest,$(PIP) --no-build-isolation -e '.[demo$(comma)test]')
 	@touch $@
 
-test: setup
+test: setup kernels-check
 	@$(BIN)/python -m pytest
+
+kernels-check: setup
+	$(call step,compile the Triton kernels for GPUs and check what they need,$(BIN)/python -m mvd_kernels.offline $(TABLE) > build/kernels.txt)
 
 demo: setup
 	@$(BIN)/mvd-fast demo --size $(SIZE)
+
+# On processors without AVX-512 its code is tested in an emulation (Debian: apt install libsimde-dev).
+OPERATORS := attention linear_smooth_l1 embed_visible_tubes scatter_mask_tokens add_layer_norm linear_8bit
+EMULATED := build/emulated
+emulate: setup
+	@test -e /usr/include/simde/x86/avx512.h || { echo "make emulate needs SIMDe (Debian: apt install libsimde-dev)"; exit 1; }
+	$(call step,build the operators with AVX-512 emulated,MVD_EMULATE_AVX512=1 $(BIN)/python setup.py -q build \
+	  --build-base build/emulation --build-lib $(EMULATED))
+	@PYTHONPATH=$(EMULATED) $(BIN)/python -m pytest -k avx512 $(addsuffix .py,$(addprefix tests/test_,$(OPERATORS)))
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -22,8 +22,22 @@ MVD_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }  // b whe
 MVD_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 MVD_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 MVD_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, 8)}; }  // to nearest, ties to even
+#if defined(MVD_EMULATE_AVX512)  // releases of the emulation lack these
+MVD_INLINE float sum(Vec a) {
+  float lanes[W], total = 0;
+  _mm512_storeu_ps(lanes, a.v);
+  for (const float lane : lanes) total += lane;
+  return total;
+}
+MVD_INLINE float max_of(Vec a) {
+  float lanes[W];
+  _mm512_storeu_ps(lanes, a.v);
+  return *std::max_element(lanes, lanes + W);
+}
+#else
 MVD_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 MVD_INLINE float max_of(Vec a) { return _mm512_reduce_max_ps(a.v); }
+#endif
 // Where a < b (false for NaN): x, else y.
 MVD_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};

@@ -194,6 +194,7 @@ def test_gradcheck_of_the_reference():
 # ---- dispatch ----
 
 
+@pytest.mark.cpp
 def test_who_runs():
     assert mvd_kernels.implementation("attention", "cpu", torch.bfloat16)[0] == "cpp"
     name, why = mvd_kernels.implementation("attention", "cpu", torch.float16)

@@ -288,6 +288,7 @@ def test_results_are_the_same_bits_every_time(kernels):
         assert torch.equal(one, other)
 
 
+@pytest.mark.cpp
 def test_sums_do_not_depend_on_the_threads():
     arguments = make_arguments("cpu", torch.float32, visible=150, masked=300, widths=(200,))
     grads = random_gradients(arguments)
@@ -327,6 +328,7 @@ def test_no_graph_without_gradients(kernels):
 # ---- torch ----
 
 
+@pytest.mark.cpp
 def test_opcheck():
     arguments, _ = leaves(make_arguments("cpu", torch.float32), LEARNED)
     arguments["mask_tokens"] = [one.detach().flatten().requires_grad_() for one in arguments["mask_tokens"]]
@@ -367,8 +369,12 @@ def test_compiles_into_one_graph():
             r"pos\[0\] is torch.float32 \[2, 12, 13\].*\[1, N, 13\]",
         ),
         ({"masked_index": torch.zeros(2, 9)}, r"masked_index is torch.float32 \[2, 9\].*torch.int64 \[2, tokens\]"),
-        ({"masked_index": torch.full((2, 9), 12)}, "masked_index holds 12; .*at least 0 and below 12"),
-        ({"visible_index": torch.full((2, 3), -1)}, "visible_index holds -1"),
+        pytest.param(
+            {"masked_index": torch.full((2, 9), 12)},
+            "masked_index holds 12; .*at least 0 and below 12",
+            marks=pytest.mark.cpp,
+        ),
+        pytest.param({"visible_index": torch.full((2, 3), -1)}, "visible_index holds -1", marks=pytest.mark.cpp),
     ],
 )
 def test_error_sentences(change, sentence):

@@ -53,13 +53,23 @@ def check_pos(name: str, pos: object, clips: tuple[int, ...], tokens: int, width
 
 
 @autotune([{"BLOCK": 128, "num_warps": 4}, {"BLOCK": 64, "num_warps": 4}], key=["width"])
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "per_part", "parts"])  # else built anew for some batch sizes
 def _sum_rows_kernel(
-    rows_ptr, sums_ptr, clip_stride, row_stride, rows, width, per_part, STEP: tl.constexpr, BLOCK: tl.constexpr
+    rows_ptr,
+    sums_ptr,
+    clip_stride,
+    row_stride,
+    rows,
+    width,
+    per_part,
+    parts,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Sums of `per_part` rows each: sums [clips, parts, width]."""
-    part, clip = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0).to(tl.int64)
+    clip, part = place // parts, (place % parts).to(tl.int32)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start, end = part * per_part, tl.minimum((part + 1) * per_part, rows)
     total = tl.zeros([STEP, BLOCK], tl.float32)
     for first in range(start, end, STEP):
@@ -67,7 +77,6 @@ def _sum_rows_kernel(
         inside = (row < end)[:, None] & (column < width)[None, :]
         offset = row.to(tl.int64)[:, None] * row_stride + column[None, :]
         total += tl.load(rows_ptr + clip * clip_stride + offset, mask=inside, other=0).to(tl.float32)
-    place = clip * tl.num_programs(0) + part
     tl.store(sums_ptr + place * width + column, tl.sum(total, axis=0), mask=column < width)
 
 
@@ -80,16 +89,17 @@ def sum_rows(rows: Tensor) -> Tensor:
     parts = triton.cdiv(count, _ROWS_PER_SUM)
     partial = total.new_empty(batch, parts, width)
     stages = (
-        (rows, partial, (parts, batch), count, _ROWS_PER_SUM),
-        (partial.view(1, -1, width), total, (1, 1), batch * parts, batch * parts),
+        (rows, partial, parts, count, _ROWS_PER_SUM),
+        (partial.view(1, -1, width), total, 1, batch * parts, batch * parts),
     )
-    for source, target, programs, length, per_part in stages:
+    for source, target, parts, length, per_part in stages:
+        programs = len(source) * parts
         launch(
             _sum_rows_kernel,
-            lambda meta, programs=programs: (*programs, triton.cdiv(width, meta["BLOCK"])),
-            *(source, target, source.stride(0), source.stride(1), length, width, per_part),
+            lambda meta, programs=programs: (programs, triton.cdiv(width, meta["BLOCK"])),
+            *(source, target, source.stride(0), source.stride(1), length, width, per_part, parts),
             flops=source.numel(),
-            bytes=source.numel() * source.element_size() + target.numel() * 4,
+            bytes=source.numel() * source.element_size() + target.nbytes,  # a part of what `rows` views
             STEP=16,
         )
     return total
@@ -129,12 +139,13 @@ def sum_rows_by_token(rows: Tensor, index: Tensor, clips: int, tokens: int) -> T
     width = rows.shape[2]
     sums = rows.new_zeros(clips, tokens, width, dtype=torch.float32)
     if rows.numel():
+        order, bounds = rows_of_tokens(index, clips, tokens)
         launch(
             _sum_by_token_kernel,
             lambda meta: (clips * tokens, triton.cdiv(width, meta["BLOCK"])),
-            *(rows, *rows_of_tokens(index, clips, tokens), sums),
+            *(rows, order, bounds, sums),
             *(rows.stride(0), rows.stride(1), rows.shape[1], width),
             flops=rows.numel(),
-            bytes=rows.numel() * rows.element_size() + sums.numel() * 4,
+            bytes=rows.numel() * rows.element_size() + sums.nbytes + order.nbytes + bounds.nbytes,
         )
     return sums

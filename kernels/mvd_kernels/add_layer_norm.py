@@ -5,6 +5,10 @@ Shapes: b sample, d channel (D), r row: every leading index of x but the last, s
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -124,7 +128,7 @@ def _forward_kernel(
     tl.store(normed_ptr + start + d, normed_d.to(normed_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])  # else built anew for some batch sizes
 def _backward_kernel(
     grad_sum_ptr,
     grad_normed_ptr,
@@ -181,7 +185,7 @@ def _backward_kernel(
         tl.store(partial_ptr + (tl.num_programs(0) + program).to(tl.int64) * width + d, grad_bias_d, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _sum_columns_kernel(
     partial_ptr,  # [2, programs, D]
     grad_weight_ptr,
@@ -209,10 +213,10 @@ _LEAST_ROWS = 8  # per program, else the partial sums weigh as much as the rows
 _SUM_TILE = {"ROWS": 64, "COLUMNS": 16}
 
 
-def _row_options(width: int) -> dict[str, int]:
-    """A block holds a row; with 16 entries a thread all arrays of the kernels stay in registers."""
+def _row_options(width: int, entries: int) -> dict[str, int]:
+    """A block holds a row, a thread so few of its entries that all arrays of the kernel stay in registers."""
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    return {"BLOCK": block, "num_warps": min(max(block // (32 * entries), 1), 16)}
 
 
 def _rows_per_sample(x: Tensor, scale: Tensor | None) -> int:
@@ -250,7 +254,7 @@ def _launch(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps:
             bytes=_size(x, branch, scale, weight, bias, *outputs),
             HAS_BRANCH=branch is not None,
             HAS_SCALE=scale is not None,
-            **_row_options(width),
+            **_row_options(width, 16),
         )
     return outputs
 
@@ -300,13 +304,29 @@ def _launch_backward(
         NEED_X=need_x,
         NEED_BRANCH=need_branch,
         NEED_AFFINE=need_affine,
-        **_row_options(width),
+        **_row_options(width, 8),
     )
     if need_affine:
         work = {"flops": partial.numel(), "bytes": _size(partial, grad_weight, grad_bias)}
         grid = (triton.cdiv(width, _SUM_TILE["COLUMNS"]),)
         launch(_sum_columns_kernel, grid, partial, grad_weight, grad_bias, programs, width, **work, **_SUM_TILE)
     return outputs
+
+
+def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Two clips in the encoders, of 160 visible tokens, and in the decoders, of 1568."""
+    encoders = {"ViT-S": (160, 384), "ViT-B": (160, 768), "ViT-L": (160, 1024), "ViT-H": (160, 1280)}
+    decoders = {f"decoder {width}": (1568, width) for width in (384, 768, 512, 640)}
+    shapes, dtypes = encoders | decoders, (torch.bfloat16, torch.float32)
+    for (name, (tokens, width)), dtype in itertools.product(shapes.items(), dtypes):
+        x = torch.empty(2, tokens, width, dtype=dtype, device="meta")
+        weight, per_row = x[0, 0], torch.empty(2 * tokens, device="meta")
+        case = f"{name} {str(dtype)[6:]}"
+        # The first norm has no branch; drop path scales it, and then its gradient is not that of x.
+        for kind, branch, scale in (("alone", None, None), ("add", x, None), ("drop path", x, per_row[:2])):
+            needs = (True, scale is not None, True)
+            yield f"{case} {kind}", partial(_launch, x, branch, weight, weight, 1e-6, scale)
+            yield f"{case} {kind}", partial(_launch_backward, branch, x, x, weight, per_row, per_row, scale, *needs)
 
 
 # ---- registration ----

@@ -7,7 +7,9 @@ D columns of the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,8 @@ def _within(k, channel_stride, frame_stride, row_stride, column_stride, SLICES: 
     """Offset of value k of a tube from its first pixel."""
     c, t = k // (SIDE * SIDE * SLICES), k // (SIDE * SIDE) % SLICES
     y, x = k // SIDE % SIDE, k % SIDE
+    # In a clip whose channels lie apart, twice the stride of a channel need not fit 32 bits.
+    c, t, y, x = c.to(tl.int64), t.to(tl.int64), y.to(tl.int64), x.to(tl.int64)
     return c * channel_stride + t * frame_stride + y * row_stride + x * column_stride
 
 
@@ -129,7 +133,7 @@ def _by_channel(k, first, second, third, PLANE: tl.constexpr):
     ],
     key=["count", "width"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=["count", "rows"])  # else built anew for some batch sizes
 def _embed_kernel(
     video_ptr,
     weight_ptr,
@@ -207,7 +211,7 @@ def _embed_kernel(
     tl.store(out_ptr + offset, total, mask=(row < count)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gather_kernel(
     video_ptr,
     index_ptr,
@@ -312,6 +316,7 @@ def _launch(
     if not out.numel():
         return out
     count, values = index.numel(), weight[0].numel()
+    at_visible = 0 if pos is None else count * columns * pos.element_size()
     launch(
         _embed_kernel,
         lambda meta: (triton.cdiv(count, meta["BLOCK_R"]), triton.cdiv(columns, meta["BLOCK_C"])),
@@ -320,7 +325,7 @@ def _launch(
         columns * pos.shape[1] if pos is not None and pos.shape[0] > 1 else 0,
         *_scale_and_shift(mean, std),
         flops=2 * count * values * columns,
-        bytes=count * values * video.element_size() + (weight.numel() + 2 * out.numel()) * weight.element_size(),
+        bytes=count * values * video.element_size() + weight.nbytes + out.nbytes + at_visible,
         SLICES=t,
         SIDE=p,
         BYTES=not video.is_floating_point(),
@@ -395,6 +400,27 @@ def _launch_backward(
         frames, height, width = _grid(video, weight)
         gradients.append(sum_rows_by_token(grad, index, pos_clips, frames * height * width))
     return gradients
+
+
+def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The students' 160 visible tubes of two clips, in bytes and as floats, and the image teachers' whole images."""
+    on_meta = partial(torch.empty, device="meta")
+    shapes = {"ViT-S": (384, 2, 16), "ViT-B": (768, 2, 16), "ViT-L": (1024, 2, 16), "ViT-H": (1280, 2, 16)}
+    shapes["image ViT-H"] = (1280, 1, 14)
+    for (name, (width, t, p)), dtype in itertools.product(shapes.items(), (torch.bfloat16, torch.float32)):
+        frames, case = 8 * t if t > 1 else 1, f"{name} {str(dtype)[6:]}"
+        weight, bias = on_meta(width, 3, t, p, p, dtype=dtype), on_meta(width, dtype=dtype)
+        tokens = frames // t * (224 // p) ** 2
+        index = on_meta(2, tokens if t == 1 else 160, dtype=torch.int64)
+        pos, grad = on_meta(1, tokens, width, dtype=dtype), on_meta(*index.shape, width, dtype=dtype)
+        floats = (on_meta(2, 3, frames, 224, 224), (), ())
+        yield f"{case} floats", partial(_launch, floats[0], weight, bias, pos, index, *floats[1:])
+        if t > 1:
+            pixels = (on_meta(2, frames, 224, 224, 3, dtype=torch.uint8), *_NO_CHANGE)
+            yield f"{case} bytes", partial(_launch, pixels[0], weight, bias, pos, index, *pixels[1:])
+            for kind, (video, mean, std) in (("floats", floats), ("bytes", pixels)):
+                needed = (video.is_floating_point(), True, True, True)
+                yield f"{case} {kind}", partial(_launch_backward, grad, video, weight, index, mean, std, needed, 1)
 
 
 # ---- registration ----

@@ -5,7 +5,9 @@ Shapes: B clips; N tokens, Nv visible, Nm masked; E columns of the encoder, C of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +71,7 @@ def _cpp_backward(*arguments) -> list[Tensor]:
     ],
     key=["width"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # else built anew for some batch sizes
 def _write_rows_kernel(
     product_ptr,
     bias_ptr,
@@ -131,7 +133,7 @@ def _launch(
         outputs.append(out)
         if not out.numel():
             continue
-        rows, moved = len(x) * (seen + unseen), product.numel() * product.element_size()
+        rows = len(x) * (seen + unseen)
         launch(
             _write_rows_kernel,
             lambda meta, rows=rows, width=width: (
@@ -141,7 +143,7 @@ def _launch(
             *(product, biases[i].contiguous() if biases else out, mask_tokens[i].contiguous(), table),
             *(visible, masked, out, rows, seen, unseen, width, table.shape[1]),
             flops=2 * out.numel(),
-            bytes=moved + out.numel() * out.element_size() + table.numel() * table.element_size(),
+            bytes=product.nbytes + out.nbytes + table.nbytes + visible.nbytes + masked.nbytes,
             BIAS=bool(biases),
         )
     return outputs
@@ -173,6 +175,19 @@ def _launch_backward(
         index = torch.cat([visible_index, masked_index], dim=1)
         gradients += [sum_rows_by_token(grad, index, 1, tokens) for grad in _chosen(grads, for_pos)]
     return gradients
+
+
+def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Two clips with 160 visible tokens of 1568, and both decoders of MVD."""
+    on_meta = partial(torch.empty, device="meta")
+    recipes = {"ViT-S": (384, 384), "ViT-B": (768, 768), "ViT-L": (1024, 512), "ViT-H": (1280, 640)}
+    for (name, (width, decoder)), dtype in itertools.product(recipes.items(), (torch.bfloat16, torch.float32)):
+        x, case = on_meta(2, 160, width, dtype=dtype), f"{name} {str(dtype)[6:]}"
+        visible, masked = on_meta(2, 160, dtype=torch.int64), on_meta(2, 1408, dtype=torch.int64)
+        weights, vectors = [on_meta(decoder, width, dtype=dtype)] * 2, [on_meta(decoder, dtype=dtype)] * 2
+        pos, grads = [on_meta(1, 1568, decoder, dtype=dtype)] * 2, [on_meta(2, 1568, decoder, dtype=dtype)] * 2
+        yield case, partial(_launch, x, weights, vectors, vectors, pos, visible, masked)
+        yield case, partial(_launch_backward, grads, x, weights, visible, masked, [True] * 9, 1568)
 
 
 def _by_decoder(needed: Sequence[bool], decoders: int) -> list[Sequence[bool]]:

@@ -98,8 +98,8 @@ def _tube_mask_kernel(
 ):
     b = tl.program_id(0).to(tl.int64)
     sample = tl.load(samples_ptr + b)
-    seed = tl.to_tensor(seed).to(tl.int64)
-    epoch = tl.to_tensor(epoch).to(tl.int64)
+    seed = seed.to(tl.int64)
+    epoch = epoch.to(tl.int64)
     p = tl.arange(0, BLOCK)
     inside = p < POSITIONS
     key_p = _key(seed, epoch, sample, p)
