@@ -32,7 +32,7 @@ COUNTS = ("passed", "failed", "skipped")
 
 
 def run(file: str, seconds: float, arguments: Sequence[str], scratch: Path) -> dict:
-    """One file under pytest, for at most `seconds`: counts, failures, rows of benchmarks; the log unless all is well."""
+    """One file under pytest, for at most `seconds`: counts, failures, rows; the log unless all is well."""
     report, rows, log = (scratch / f"{Path(file).stem}.{kind}" for kind in ("xml", "json", "log"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", file]
     started = time.monotonic()
