@@ -57,6 +57,12 @@ def _demo(argv: Arguments) -> int | None:
     return demo(argv)
 
 
+def _convert(argv: Arguments) -> int | None:
+    from mvd_fast.interop.convert import main as convert
+
+    return convert(argv)
+
+
 def _data(argv: Arguments) -> int | None:
     return _run_nested("data", DATA_COMMANDS, argv)
 
@@ -112,6 +118,7 @@ COMMANDS = {
     "train": Command(_train, "train one config; the same as mvd_fast/train.py"),
     "demo": Command(_demo, "make a small video set, train both teachers and a student on it, and write a report"),
     "data": Command(_data, "look after data: `data check LIST` scans every file of a list"),
+    "convert": Command(_convert, "a checkpoint in the names and files of MVD, VideoMAE, Hugging Face or timm"),
     "config": Command(_config, "`config list` names the recipes, `config show CONFIG` prints a resolved one"),
     "doctor": Command(_doctor, "print versions, devices, and which implementation each op uses and why"),
 }

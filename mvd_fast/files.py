@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +27,34 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_aside(path: str | Path, replaceable: Collection[str] = ()) -> Iterator[Path]:
+    """Gives a new folder beside `path` to write files to; on success they are fsynced and it is renamed into place.
+
+    A folder that is there already is replaced as a whole, and only if it holds nothing but files named in
+    `replaceable`; else ValueError.
+    """
+    path = Path(path)
+    if others := [entry.name for entry in path.glob("*") if entry.name not in replaceable]:
+        raise ValueError(f"{path} is not replaced, as it holds other things, too: {', '.join(sorted(others)[:4])}")
+    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("new", "old"))
+    try:
+        aside.mkdir()
+        yield aside
+        for file in aside.iterdir():
+            fsync(file)
+        fsync(aside)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(aside, path)
+        fsync(path.parent)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

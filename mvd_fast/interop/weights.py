@@ -79,7 +79,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], source: str | Path)
         if state[name].shape != own[name].shape and not name.endswith("pos_embed")
     ]
     faults = [
-        f"{what}: {_few(names)}"
+        f"{what}: {few(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("other shape", sorted(reshaped)))
         if names
     ]
@@ -90,6 +90,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], source: str | Path)
     model.load_state_dict(dict(state), strict=True)
 
 
-def _few(names: list[str], most: int = 4) -> str:
+def few(names: list[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest

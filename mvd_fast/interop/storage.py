@@ -1,0 +1,170 @@
+"""Where weights lie: files, Hugging Face folders, runs and checkpoints of ours; and how weight files are written.
+
+Every reader gives a `Source`: the state dict as it is in the file, and the facts that came with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mvd_fast.files import WEIGHTS, written_aside
+
+from .network import SIZE_FIELDS, Network
+from .weights import WeightsError, read_weights
+
+CONFIG, MANIFEST, BIN, CHECKPOINTS = "config.json", "manifest.json", "pytorch_model.bin", "checkpoints"
+FILE_ENDINGS = (".safetensors", ".pth", ".pt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """path: the file or folder as given. facts: what is known beside names and shapes, see `network.recognise`."""
+
+    path: Path
+    state: dict[str, Tensor] = field(repr=False)
+    facts: dict[str, Any] = field(default_factory=dict)
+    hf_config: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+
+def read_source(path: str | Path) -> Source:
+    """Reads a weight file, a Hugging Face VideoMAE folder, a run folder or a checkpoint folder of ours.
+
+    Raises WeightsError (a ValueError) for anything else, and for damaged files.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return Source(path, read_unprefixed(path), _facts_of_file(path))
+    config = _read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    if "model_type" in config:
+        return Source(path, _read_hf_weights(path), hf_config=config)
+    file = _consolidated(path)
+    return Source(path, read_unprefixed(file), _facts_of_file(file))
+
+
+def read_unprefixed(path: Path) -> dict[str, Tensor]:
+    """`read_weights`, also without the prefix `backbone.`"""
+    return {name.removeprefix("backbone."): value for name, value in read_weights(path).items()}
+
+
+def _read_hf_weights(folder: Path) -> dict[str, Tensor]:
+    for name in (WEIGHTS, BIN):
+        if (folder / name).is_file():
+            return read_weights(folder / name)
+        if (index := folder / f"{name}.index.json").is_file():
+            shards = sorted(set(_read_json(index)["weight_map"].values()))
+            return {key: value for shard in shards for key, value in read_weights(folder / shard).items()}
+    raise WeightsError(f"{folder} has a {CONFIG} of Hugging Face, but neither {WEIGHTS} nor {BIN}")
+
+
+def _consolidated(folder: Path) -> Path:
+    """The full-precision weights of a finished run, of its newest checkpoint, or of one checkpoint."""
+    if (folder / MANIFEST).is_file():
+        return _verified(folder)
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    if checkpoints := sorted((folder / CHECKPOINTS).glob("update-*")):
+        return _verified(checkpoints[-1])
+    raise WeightsError(
+        f"{folder} is no folder of weights: wanted is one of Hugging Face ({CONFIG} with model_type), a run of "
+        f"mvd-fast or one of its checkpoints (update-*); another DeepSpeed checkpoint needs its zero_to_fp32.py first"
+    )
+
+
+def _verified(checkpoint: Path) -> Path:
+    """The weights of a checkpoint of ours, after size and checksum were found right."""
+    file = checkpoint / WEIGHTS
+    facts = _read_json(checkpoint / MANIFEST).get("files", {}).get(WEIGHTS, {})
+    if not file.is_file() or file.stat().st_size != facts.get("bytes"):
+        raise WeightsError(f"{file} is missing or not as long as {MANIFEST} says")
+    with open(file, "rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != facts.get("sha256"):
+            raise WeightsError(f"{file} does not match its checksum in {MANIFEST}")
+    return file
+
+
+# ---- facts ----
+
+
+def _facts_of_file(file: Path) -> dict[str, Any]:
+    """Of a file that `save_weights` wrote, its metadata; of a run's, what the run's config says."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        if "architecture" in metadata:
+            facts = {name: parse(metadata[name]) for name, parse in SIZE_FIELDS.items() if name in metadata}
+            return facts | {"positions": metadata["positions"]}
+    run = file.parents[2] if file.parent.parent.name == CHECKPOINTS else file.parent
+    config = run / CONFIG
+    return _facts_of_run(_read_json(config)) if file.name == WEIGHTS and config.is_file() else {}
+
+
+def _facts_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    model = config.get("model")
+    if not isinstance(model, dict) or "kind" not in model:
+        return {}
+    facts = {name: model[name] for name in ("num_heads", "image_size", "num_frames") if name in model}
+    # Our networks' positions: VideoMAE's are 1-D, all other video networks' are MVD's.
+    facts |= {} if model["kind"] == "mae" else {"positions": "1d" if model["kind"] == "videomae" else "3d"}
+    return facts | {name: config["data"][name] for name in ("mean", "std") if name in config.get("data", {})}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds no JSON object")
+    return content
+
+
+# ---- writing ----
+
+
+def save_weights(state: Mapping[str, Tensor], network: Network, layout: str, source: Source, path: Path) -> None:
+    """Writes a .safetensors file with metadata, or, as the ending says, a .pth with the state dict under `model`."""
+    with written_aside(path) as aside:
+        if path.suffix == ".safetensors":
+            save_file(owned(state), aside, metadata(network, layout, source))
+        else:
+            torch.save({"model": owned(state)}, aside)
+
+
+def owned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, each tensor in memory of its own and in order: what safetensors asks for."""
+    return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+
+
+def metadata(network: Network, layout: str, source: Source) -> dict[str, str]:
+    """What a file should say about itself; safetensors keeps strings only."""
+    return {
+        "format": "pt",
+        "architecture": network.kind,
+        "layout": layout,
+        "positions": network.positions,
+        **{name: repr(value) for name, value in asdict(network.sizes).items()},
+        "source": source.name,
+        "mvd_fast": our_version(),
+    }
+
+
+def our_version() -> str:
+    try:
+        return version("mvd-fast")
+    except PackageNotFoundError:  # run from a checkout
+        return "unknown"
