@@ -40,7 +40,7 @@ test: setup kernels-check
 	@$(BIN)/python -m pytest
 
 kernels-check: setup
-	$(call step,compile the Triton kernels for GPUs and check what they need,$(BIN)/python -m mvd_kernels.offline $(TABLE) > build/kernels.txt)
+	$(call step,compile the Triton kernels for GPUs and check what they need,mkdir -p build && $(BIN)/python -m mvd_kernels.offline $(TABLE) > build/kernels.txt)
 
 demo: setup
 	@$(BIN)/mvd-fast demo --size $(SIZE)
