@@ -32,7 +32,7 @@ COUNTS = ("passed", "failed", "skipped")
 
 
 def run(file: str, seconds: float, arguments: Sequence[str], scratch: Path) -> dict:
-    """One file under pytest, for at most `seconds`: counts, failures, rows; the log unless all is well."""
+    """One file under pytest for at most `seconds`: counts, failures, rows of benchmarks, the log unless all is well."""
     report, rows, log = (scratch / f"{Path(file).stem}.{kind}" for kind in ("xml", "json", "log"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", file]
     started = time.monotonic()
@@ -45,7 +45,7 @@ def run(file: str, seconds: float, arguments: Sequence[str], scratch: Path) -> d
             env=os.environ | {"MVD_BENCH_JSON": str(rows), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         )
         finished = wait(process, seconds)
-    found = results(report) | {"finished": finished, "exit": process.returncode}
+    found = results(report, finished) | {"finished": finished, "exit": process.returncode}
     found["seconds"] = round(time.monotonic() - started, 1)
     if rows.is_file():
         found |= json.loads(rows.read_text())
@@ -63,7 +63,7 @@ def built_here() -> str:
 
 
 def wait(process: subprocess.Popen, seconds: float) -> bool:
-    """Whether it ends by itself; when its time is up it is interrupted, which leaves it its reports, then killed."""
+    """Whether it ends by itself. When its time is up it is interrupted, which leaves it its reports, then killed."""
     try:
         process.wait(max(seconds, 0))
         return process.returncode >= 0
@@ -81,11 +81,13 @@ def is_well(part: dict) -> bool:
     return part["finished"] and part["exit"] in (0, NOTHING_COLLECTED)
 
 
-def results(report: Path) -> dict:
+def results(report: Path, finished: bool) -> dict:
     """Counts and failures of pytest's JUnit report, which is not there if pytest was killed."""
+    cases = list(ElementTree.parse(report).iter("testcase")) if report.is_file() else []
     counts: Counter[str] = Counter()
     failures = {}
-    for case in ElementTree.parse(report).iter("testcase") if report.is_file() else ():
+    # The report calls a test that was interrupted passed.
+    for case in cases if finished else cases[:-1]:
         problem = next((child for child in case if child.tag in ("failure", "error")), None)
         if problem is not None:
             failures[case.get("name", "")] = (problem.get("message") or problem.text or "").strip()[:500]

@@ -310,6 +310,7 @@ def test_opcheck(impl):
         torch.library.opcheck(backward, (None, sums, *rest, None, True, False, False))
 
 
+@pytest.mark.cpp
 @pytest.mark.parametrize("with_branch", [True, False])
 def test_compiles_into_one_graph(with_branch):
     layer = AddLayerNorm(24)
@@ -353,6 +354,7 @@ def test_module_exchanges_checkpoints_with_layer_norm():
     assert AddLayerNorm(4, dtype=torch.float64, device="meta").weight.is_meta
 
 
+@pytest.mark.cpp
 def test_dispatch():
     assert "add_layer_norm" in mvd_kernels.operators()
     assert mvd_kernels.implementation("add_layer_norm", "cpu", torch.bfloat16)[0] == "cpp"
