@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mvd_kernels._dispatch import Operator, autocast_dtype
+from mvd_kernels._token_rows import describe
 from mvd_kernels._triton import HAS_TRITON, launch, tl, triton
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -537,14 +538,14 @@ class AddLayerNorm(nn.Module):
 
 def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None) -> None:
     if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x is {_described(x)}; it must be floating point of shape [..., D], D at least 1")
+        raise ValueError(f"x is {describe(x)}; it must be floating point of shape [..., D], D at least 1")
     if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype or branch.device != x.device):
-        raise ValueError(f"branch is {_described(branch)}; it must be like x: {_described(x)}")
+        raise ValueError(f"branch is {describe(branch)}; it must be like x: {describe(x)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         fits = parameter.dtype in (x.dtype, torch.float32) and parameter.device == x.device
         if parameter.shape != x.shape[-1:] or not fits:
             wanted = f"[{x.shape[-1]}] on {x.device}, in x's {x.dtype} or float32"
-            raise ValueError(f"{name} is {_described(parameter)}; it must be {wanted}")
+            raise ValueError(f"{name} is {describe(parameter)}; it must be {wanted}")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; it must be at least 0")
     if scale is not None:
@@ -556,11 +557,7 @@ def _check_scale(x: Tensor, branch: Tensor | None, scale: Tensor) -> None:
         raise ValueError("scale is given without a branch; it must be None where branch is None")
     if x.ndim < 2 or scale.shape != x.shape[:1] or not scale.is_floating_point() or scale.device != x.device:
         raise ValueError(
-            f"scale is {_described(scale)}; it must be floating point [B] on {x.device}, x being {list(x.shape)}"
+            f"scale is {describe(scale)}; it must be floating point [B] on {x.device}, x being {list(x.shape)}"
         )
     if scale.requires_grad:
         raise ValueError("scale requires a gradient, which it does not have; pass scale.detach()")
-
-
-def _described(t: Tensor) -> str:
-    return f"{t.dtype} {list(t.shape)} on {t.device}"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvd_kernels._dispatch import Operator, autocast_dtype
+from mvd_kernels._token_rows import describe
 
 _CPP = (torch.float32, torch.bfloat16)
 _CPP_STEP, _CPP_LARGEST = 16, 128  # head widths of the C++ kernels: multiples, up to
@@ -145,16 +146,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim != 4 or not q.is_floating_point() or q.shape[3] == 0:
-        raise ValueError(f"q is {_described(q)}; it must be floating point [B, Nq, H, D]")
+        raise ValueError(f"q is {describe(q)}; it must be floating point [B, Nq, H, D]")
     batch, _, heads, width = q.shape
     for name, x in (("k", k), ("v", v)):
         fits = x.ndim == 4 and (x.shape[0], *x.shape[2:]) == (batch, heads, width) and x.shape[1] == k.shape[1] > 0
         if not fits or x.dtype != q.dtype or x.device != q.device:
             wanted = f"[{batch}, Nk, {heads}, {width}]"
             raise ValueError(
-                f"{name} is {_described(x)}; it must be {q.dtype} {wanted} on {q.device}, Nk at least 1 and that of k"
+                f"{name} is {describe(x)}; it must be {q.dtype} {wanted} on {q.device}, Nk at least 1 and that of k"
             )
-
-
-def _described(x: Tensor) -> str:
-    return f"{x.dtype} {list(x.shape)} on {x.device}"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvd_kernels._dispatch import Operator, autocast_dtype, extension
+from mvd_kernels._token_rows import describe
 from mvd_kernels._triton import HAS_TRITON, autotune, interpreting, launch, tl, triton
 
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -272,9 +273,7 @@ def quantize_weight(weight: Tensor, format: str | None = None) -> QuantizedWeigh
         ValueError: if the weight or the format is none of these, or if the weight's GPU has no FP8.
     """
     if weight.ndim != 2 or not weight.is_floating_point() or not 1 <= weight.shape[1] <= MOST_COLUMNS:
-        raise ValueError(
-            f"weight is {_described(weight)}; it must be floating point [D, C], C from 1 to {MOST_COLUMNS}"
-        )
+        raise ValueError(f"weight is {describe(weight)}; it must be floating point [D, C], C from 1 to {MOST_COLUMNS}")
     capability = torch.cuda.get_device_capability(weight.device) if weight.device.type == "cuda" else None
     has_fp8 = capability is not None and capability >= FP8_CAPABILITY
     name = ("fp8" if has_fp8 else "int8") if format is None else format
@@ -389,14 +388,14 @@ def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: 
         raise ValueError(f"weight is a {type(weight).__name__}; it must be what quantize_weight(weight) gives")
     values, scale, _ = weight
     if values.ndim != 2 or values.dtype not in LARGEST or not values.numel():
-        raise ValueError(f"weight.values is {_described(values)}; it must be torch.int8 or torch.float8_e4m3fn [D, C]")
+        raise ValueError(f"weight.values is {describe(values)}; it must be torch.int8 or torch.float8_e4m3fn [D, C]")
     width, depth = values.shape
     if scale.shape != (width,) or scale.dtype != torch.float32 or scale.device != values.device:
-        raise ValueError(f"weight.scale is {_described(scale)}; it must be torch.float32 [{width}] on {values.device}")
+        raise ValueError(f"weight.scale is {describe(scale)}; it must be torch.float32 [{width}] on {values.device}")
     if not x.is_floating_point() or x.shape[-1:] != (depth,) or x.device != values.device:
-        raise ValueError(f"x is {_described(x)}; it must be floating point [..., {depth}] on {values.device}")
+        raise ValueError(f"x is {describe(x)}; it must be floating point [..., {depth}] on {values.device}")
     if bias is not None and (bias.shape != (width,) or not bias.is_floating_point() or bias.device != x.device):
-        raise ValueError(f"bias is {_described(bias)}; it must be floating point [{width}] on {x.device}")
+        raise ValueError(f"bias is {describe(bias)}; it must be floating point [{width}] on {x.device}")
     if activation not in (None, "gelu"):
         raise ValueError(f"activation is {activation!r}; it must be None or 'gelu'")
     if x.requires_grad and torch.is_grad_enabled():
@@ -404,7 +403,3 @@ def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: 
             "x requires a gradient, which a frozen layer in 8 bits does not give; call it under torch.no_grad() or "
             "pass x.detach()"
         )
-
-
-def _described(x: Tensor) -> str:
-    return f"{x.dtype} {list(x.shape)} on {x.device}"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvd_kernels._dispatch import Operator, autocast_dtype
+from mvd_kernels._token_rows import describe
 from mvd_kernels._triton import HAS_TRITON, autotune, interpreting, launch, tl, triton
 
 TARGET_EPS = 1e-6
@@ -390,24 +391,18 @@ def _heads(*arguments: Tensor | Sequence[Tensor | None] | None) -> Iterator[tupl
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, index: Tensor | None) -> None:
     if x.ndim != 3 or not x.is_floating_point():
-        raise ValueError(f"x is {_described(x)}; it must be floating point [B, M, C]")
+        raise ValueError(f"x is {describe(x)}; it must be floating point [B, M, C]")
     batch, rows, depth = x.shape
     if weight.ndim != 2 or weight.shape[1] != depth or weight.dtype != x.dtype or weight.device != x.device:
-        raise ValueError(f"weight is {_described(weight)}; it must be {x.dtype} [D, {depth}] on {x.device}")
+        raise ValueError(f"weight is {describe(weight)}; it must be {x.dtype} [D, {depth}] on {x.device}")
     width = weight.shape[0]
     if bias is not None and (bias.shape != (width,) or not bias.is_floating_point() or bias.device != x.device):
-        raise ValueError(f"bias is {_described(bias)}; it must be floating point [{width}] on {x.device}")
+        raise ValueError(f"bias is {describe(bias)}; it must be floating point [{width}] on {x.device}")
     fits = target.ndim == 3 and (target.shape[0], target.shape[2]) == (batch, width)
     if not fits or not target.is_floating_point() or target.device != x.device:
-        raise ValueError(
-            f"target is {_described(target)}; it must be floating point [{batch}, N, {width}] on {x.device}"
-        )
+        raise ValueError(f"target is {describe(target)}; it must be floating point [{batch}, N, {width}] on {x.device}")
     if index is None:
         if target.shape[1] != rows:
-            raise ValueError(f"target is {_described(target)}; without an index it must have the {rows} tokens of x")
+            raise ValueError(f"target is {describe(target)}; without an index it must have the {rows} tokens of x")
     elif index.shape != (batch, rows) or index.dtype != torch.int64 or index.device != x.device:
-        raise ValueError(f"index is {_described(index)}; it must be torch.int64 [{batch}, {rows}] on {x.device}")
-
-
-def _described(x: Tensor) -> str:
-    return f"{x.dtype} {list(x.shape)} on {x.device}"
+        raise ValueError(f"index is {describe(index)}; it must be torch.int64 [{batch}, {rows}] on {x.device}")
