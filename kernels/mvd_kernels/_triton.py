@@ -1,6 +1,6 @@
 """`triton` and `tl` for the op files, which must also import where Triton is not installed, and how kernels start.
 
-Kernels start through `launch`, which states the work of each: the offline gate (`mvd_kernels._offline`) records the
+Kernels start through `launch`, which states the work of each: the offline gate (`mvd_kernels.offline`) records the
 launches of a call instead of running them, compiles them for GPUs that are not there, and predicts their times.
 """
 
