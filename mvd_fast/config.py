@@ -6,6 +6,7 @@ Loading (`extends`, `--set`, error sentences) lives in `mvd_fast.config_file`.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -14,6 +15,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Precision = Literal["fp32", "bf16"]
+TeacherPrecision = Literal["fp32", "bf16", "int8", "fp8"]
 Fraction = Field(ge=0.0, le=1.0)
 
 
@@ -60,7 +62,11 @@ class TeacherConfig(Strict):
 
     kind: str = Field(description="module of mvd_fast/teachers: mae, videomae, ...")
     checkpoint: str = Field(description="file with the teacher's weights: .pth or .safetensors")
-    precision: Precision | None = Field(None, description="of its weights and arithmetic; empty: the run's")
+    precision: TeacherPrecision | None = Field(
+        None,
+        description="of its weights and arithmetic; empty: the run's. int8, fp8: the blocks' linear layers in 8 bits, "
+        "the rest bf16",
+    )
     image_size: PositiveInt = 224
     patch_size: PositiveInt = 16
     embed_dim: PositiveInt
@@ -88,6 +94,9 @@ class ObjectiveConfig(Strict):
     normalize_targets: bool = Field(
         False, description="distillation: LayerNorm teacher features per token; off in every released recipe"
     )
+    predict_fraction: float = Field(
+        1.0, gt=0.0, le=1.0, description="distillation: share of the masked tokens decoded, chosen anew per sample"
+    )
     normalize_pixels: bool = Field(True, description="pixel: normalise each target patch to zero mean, unit variance")
 
 
@@ -108,6 +117,9 @@ class DataConfig(Strict):
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     mask_ratio: float = Field(0.9, gt=0.0, lt=1.0, description="share of tokens masked; the same in every time slice")
+    masks_per_clip: PositiveInt = Field(
+        1, description="student samples made of each clip that is decoded and seen by the teachers"
+    )
     threads: PositiveInt = Field(2, description="DALI's CPU threads per rank")
     workers: int = Field(0, ge=0, description="processes that read and (H.264 on CPU) decode; 0: inside this process")
     prefetch: PositiveInt = Field(2, description="batches prepared ahead")
@@ -117,8 +129,8 @@ class DataConfig(Strict):
 class BatchConfig(Strict):
     """`size = micro x accumulation x ranks`; name any of micro and accumulation, the rest is derived and checked."""
 
-    size: PositiveInt = Field(description="clips per optimiser update, over all ranks")
-    micro: PositiveInt | None = Field(None, description="clips per rank and forward pass")
+    size: PositiveInt = Field(description="samples (clips x data.masks_per_clip) per optimiser update, over all ranks")
+    micro: PositiveInt | None = Field(None, description="samples per rank and forward pass")
     accumulation: PositiveInt | None = Field(None, description="forward passes per update")
 
 
@@ -180,6 +192,14 @@ class RunConfig(Strict):
         """Tokens that the mask leaves visible, the same for every sample."""
         frames, height, width = self.model.grid
         return frames * (height * width - int(self.data.mask_ratio * height * width))
+
+    @property
+    def num_predicted(self) -> int | None:
+        """Masked tokens decoded per sample; None: all."""
+        if self.objective.predict_fraction == 1.0:
+            return None
+        masked = math.prod(self.model.grid) - self.num_visible
+        return max(1, round(self.objective.predict_fraction * masked))
 
 
 def _require_divisible(config: BaseModel, whole: str, part: str) -> None:

@@ -83,7 +83,7 @@ def faults(config: RunConfig) -> list[str]:
     unknown = list(_kind_faults(config))
     if unknown:  # the other checks would only repeat a mistyped kind
         return unknown + list(_deepspeed_faults(config))
-    checks = (_teacher_faults, _partner_faults, _shape_faults, _batch_faults, _deepspeed_faults)
+    checks = (_teacher_faults, _partner_faults, _recipe_faults, _shape_faults, _batch_faults, _deepspeed_faults)
     return [sentence for check in checks for sentence in check(config)]
 
 
@@ -139,6 +139,16 @@ def _partner_faults(config: RunConfig) -> Iterator[str]:
         yield f"data.kind: model {model!r} takes {_either(accepted)}, not {data!r}"
 
 
+def _recipe_faults(config: RunConfig) -> Iterator[str]:
+    """Ways to save work that only distillation knows."""
+    if config.objective.kind != "pixel":
+        return
+    if config.objective.predict_fraction != 1.0:
+        yield "objective.predict_fraction: the objective 'pixel' decodes all masked tokens: remove it"
+    if config.data.masks_per_clip != 1:
+        yield "data.masks_per_clip: the objective 'pixel' has no teachers to share between masks: remove it"
+
+
 def _shape_faults(config: RunConfig) -> Iterator[str]:
     if config.data.kind in SINGLE_IMAGE_DATA:
         for field in ("num_frames", "tubelet_size"):
@@ -179,9 +189,15 @@ def check_batch(config: RunConfig, world_size: int) -> tuple[int, int]:
     complete = batch.micro is not None and batch.accumulation is not None
     if remainder or (complete and rest != 1):
         raise ConfigError(_batch_conflict(config, world_size, unit))
-    if batch.micro is None:
-        return rest, batch.accumulation or 1
-    return batch.micro, batch.accumulation or rest
+    micro, accumulation = (
+        (rest, batch.accumulation or 1) if batch.micro is None else (batch.micro, batch.accumulation or rest)
+    )
+    if micro % config.data.masks_per_clip:
+        raise ConfigError(
+            f"a forward pass has {micro} samples, not a multiple of data.masks_per_clip {config.data.masks_per_clip}; "
+            "change batch.micro or batch.size"
+        )
+    return micro, accumulation
 
 
 def _batch_conflict(config: RunConfig, world_size: int, unit: int) -> str:

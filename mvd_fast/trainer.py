@@ -232,7 +232,7 @@ class Trainer:
         losses = {name: value / (updates * self.accumulation) for name, value in self._over_ranks(sums).items()}
         norm = self.engine.get_global_grad_norm() if self._norm is None else self._norm
         phases = self.timer.collect()
-        clips = updates * self.config.batch.size
+        clips = updates * self.config.batch.size / self.config.data.masks_per_clip
         record = {
             "update": self.update,
             "epoch": self.update / self.per_epoch,

@@ -35,20 +35,25 @@ class TooManyBadFiles(ValueError):
 def build_loader(
     config: RunConfig, rank: int, world_size: int, device: torch.device, micro: int, accumulation: int
 ) -> Loader:
-    """The loader of one rank. Raises ValueError sentences for lists that are missing, empty or too short."""
+    """The loader of one rank; `micro` counts samples: clips x data.masks_per_clip.
+
+    Raises ValueError sentences for lists that are missing, empty or too short.
+    """
     kind = importlib.import_module(f"mvd_fast.data.kinds.{config.data.kind}").build(config, device.type == "cuda")
     entries = lists.read_dataset(config.data.train, config.data.root, kind.extensions)
     paths = [entry.path for entry in entries]
     _require_some_present(paths, config.data.train)
-    schedule = Schedule(config.seed, len(paths), micro, accumulation, rank, world_size)
+    masks = config.data.masks_per_clip
+    schedule = Schedule(config.seed, len(paths), micro // masks, accumulation, rank, world_size)
     if schedule.updates_per_epoch == 0:
         raise ValueError(
-            f"{config.data.train} lists {len(paths)} files, less than one update of batch.size {schedule.size}; "
+            f"{config.data.train} lists {len(paths)} files, less than one update of {schedule.size} clips; "
             "list more files or lower batch.size"
         )
     spec = PipelineSpec(
         kind=kind,
-        batch=micro,
+        batch=micro // masks,
+        masks=masks,
         grid=config.model.grid,
         mask_ratio=config.data.mask_ratio,
         threads=config.data.threads,
@@ -96,7 +101,8 @@ class Loader:
         """Micro batches from update `start_update` on, without end.
 
         Each is a dict on the device: `video` float32 [B, 3, T, H, W] or `image` float32 [B, 3, H, W], normalised;
-        `mask` bool [B, N], True = masked; `index` int64 [B], positions in the dataset of what is really shown.
+        `mask` bool [B, N] (with several per clip [B, masks, N]), True = masked; `index` int64 [B], positions in the
+        dataset of what is really shown.
         Raises TooManyBadFiles; NoUsableFile when one sample finds no replacement at all.
         """
         producer = _Producer(self, start_update * self.schedule.accumulation)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.pipeline import DataNode, Pipeline
 
 from mvd_fast.data import dali_plugin
 from mvd_fast.data.kinds import Inputs, Kind
@@ -16,6 +16,7 @@ from mvd_fast.data.source import Sample, to_columns
 
 Reader = Callable[[int], list[Sample]]  # iteration of the pipeline, from 0 -> its samples
 
+MASK_STRIDE = 2**30  # more than any list is long
 PIPELINE_DEPTH = 2  # batches inside the pipeline: one is read while the one before is decoded
 
 # Types and dimensions of what `to_columns` gives, in its order.
@@ -29,7 +30,8 @@ class PipelineSpec:
     """What a pipeline is built from, apart from its source."""
 
     kind: Kind
-    batch: int
+    batch: int  # clips
+    masks: int  # of each clip
     grid: tuple[int, int, int]
     mask_ratio: float
     threads: int
@@ -74,15 +76,29 @@ def _define(spec: PipelineSpec, source: Callable[[int], tuple[list, ...]]):
     )
     inputs = Inputs(*fields)
     pixels = spec.kind.graph(inputs, spec.dali_device)
-    mask = dali_plugin.tube_mask(numbers, spec.grid, spec.mask_ratio)
+    mask = _masks(numbers, spec)
     if spec.dali_device == "gpu":
         mask = mask.gpu()
     # An output only because DALI warns of inputs that a graph does not use, and images have no frames to choose.
     return pixels, mask, numbers, inputs.frames
 
 
+def _masks(numbers: DataNode, spec: PipelineSpec) -> DataNode:
+    """bool [N], or [masks, N]: mask m is that of sample number index + m * MASK_STRIDE, the first the only one's."""
+    masks = [dali_plugin.tube_mask(_shifted(numbers, m), spec.grid, spec.mask_ratio) for m in range(spec.masks)]
+    return fn.stack(*masks) if spec.masks > 1 else masks[0]
+
+
+def _shifted(numbers: DataNode, mask: int) -> DataNode:
+    if mask == 0:
+        return numbers
+    step = fn.cast(types.Constant([0, 0, mask]), dtype=types.INT64)  # constants have 32 bits
+    return numbers + step * MASK_STRIDE
+
+
 def outputs_to_torch(outputs: tuple, spec: PipelineSpec) -> dict[str, torch.Tensor]:
-    """One `run()`'s outputs as tensors on the device: pixels, `mask` bool [B, N]; `numbers` int64 [B, 3] on the CPU.
+    """One `run()`'s outputs as tensors on the device: pixels and `mask` bool [B, N], or [B, masks, N] of several; on
+    the CPU `numbers` int64 [B, 3].
 
     On the CPU nothing is copied: the dynamic executor hands each run's buffers over for good. On a GPU DALI reuses a
     buffer as soon as Python lets go of it, which may be before torch's stream has read it: there they are copies.

@@ -38,7 +38,7 @@ def clip_features(
     config: the run whose data settings and model shape are used. All clips are seen: the batch is lowered to a
     divisor of their number.
     """
-    data = config.data.model_copy(update={"train": clips, "clip": "center"})
+    data = config.data.model_copy(update={"train": clips, "clip": "center", "masks_per_clip": 1})
     batch = math.gcd(len(read_dataset(clips, data.root)), batch)
     loader = build_loader(config.model_copy(update={"data": data}), 0, 1, device, batch, 1)
     pooled: dict[str, list[Tensor]] = {name: [] for name in networks}

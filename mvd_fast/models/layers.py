@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mvd_kernels import AddLayerNorm, attention, embed_visible_tubes, linear_smooth_l1, scatter_mask_tokens
+from mvd_kernels import (
+    AddLayerNorm,
+    Linear8bit,
+    attention,
+    embed_visible_tubes,
+    linear_smooth_l1,
+    scatter_mask_tokens,
+)
 
 LN_EPS = 1e-6
 
@@ -51,13 +58,30 @@ class Attention(nn.Module):
         self.split_bias = split_bias
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.qkv.bias
-        if self.split_bias:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # each [B, N, heads, head dim]
+    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
+        """-> [B, N, D], or [B, outputs, D]: of the last `outputs` tokens only, which attend to all."""
+        if outputs is None or outputs == x.shape[1]:
+            qkv = self.qkv(x) if isinstance(self.qkv, Linear8bit) else F.linear(x, self.qkv.weight, self._bias())
+            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # each [B, N, heads, head dim]
+        else:
+            dim, bias = x.shape[2], self._bias()
+            q = F.linear(x[:, -outputs:], self.qkv.weight[:dim], bias[:dim]).unflatten(2, (self.num_heads, -1))
+            kv = F.linear(x, self.qkv.weight[dim:], bias[dim:])
+            k, v = kv.unflatten(2, (2, self.num_heads, -1)).unbind(2)
         return self.proj(attention(q, k, v).flatten(2))
+
+    def _bias(self) -> Tensor:
+        """Of queries, keys and values, [3 D]."""
+        if not self.split_bias:
+            return self.qkv.bias
+        return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+
+    def to_8bit(self, format: str) -> None:
+        """Makes its products 8-bit ones (`mvd_kernels.Linear8bit`), for good: a frozen teacher's."""
+        joined = nn.Linear(1, 1)
+        joined.weight, joined.bias = self.qkv.weight, nn.Parameter(self._bias().detach(), requires_grad=False)
+        self.qkv = Linear8bit.from_linear(joined, format=format)
+        self.proj = Linear8bit.from_linear(self.proj, format=format)
 
 
 class Mlp(nn.Module):
@@ -67,7 +91,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        hidden = self.fc1(x)
+        return self.fc2(hidden if isinstance(self.fc1, Linear8bit) else F.gelu(hidden))
+
+    def to_8bit(self, format: str) -> None:
+        """As `Attention.to_8bit`; the GELU moves into the first product."""
+        self.fc1 = Linear8bit.from_linear(self.fc1, activation="gelu", format=format)
+        self.fc2 = Linear8bit.from_linear(self.fc2, format=format)
 
 
 class Pending(NamedTuple):
@@ -76,11 +106,6 @@ class Pending(NamedTuple):
     x: Tensor
     branch: Tensor | None = None
     scale: Tensor | None = None  # the branch's factors [B] (drop path), None: 1
-
-    def last(self, count: int) -> Pending:
-        """Of every sample the last `count` tokens."""
-        start = self.x.shape[1] - count
-        return Pending(self.x[:, start:], None if self.branch is None else self.branch[:, start:], self.scale)
 
     def sum(self) -> Tensor:
         if self.branch is None:
@@ -100,10 +125,13 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None) -> Pending:
-        """x [B, N, D] and what is pending from the block before."""
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None, outputs: int | None = None
+    ) -> Pending:
+        """x [B, N, D] and what is pending from the block before -> all tokens, or only the last `outputs` of them."""
         x, normed = self.norm1(x, branch, scale)
-        x, normed = self.norm2(x, self.attn(normed), self.drop_path(x))
+        x = x if outputs is None else x[:, -outputs:]
+        x, normed = self.norm2(x, self.attn(normed, outputs), self.drop_path(x))
         return Pending(x, self.mlp(normed), self.drop_path(x))
 
 
@@ -113,14 +141,18 @@ def make_blocks(dim: int, depth: int, num_heads: int, drop_path: float = 0.0, sp
     return nn.ModuleList(Block(dim, num_heads, rate, split_bias) for rate in rates)
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool = False) -> Pending:
-    """Applies the blocks; `recompute` keeps only each block's input and recomputes the rest in backward."""
+def run_blocks(blocks: Sequence[nn.Module], x: Tensor, recompute: bool = False, outputs: int | None = None) -> Pending:
+    """Applies the blocks; `recompute` keeps only each block's input and recomputes the rest in backward.
+
+    `outputs`: only the last so many tokens are wanted, and the last block computes no others.
+    """
     pending = Pending(x)
-    for block in blocks:
+    for number, block in enumerate(blocks):
+        wanted = outputs if number == len(blocks) - 1 else None
         if recompute and torch.is_grad_enabled():
-            pending = Pending(*checkpoint(block, *pending, use_reentrant=False))
+            pending = Pending(*checkpoint(block, *pending, wanted, use_reentrant=False))
         else:
-            pending = block(*pending)
+            pending = block(*pending, wanted)
     return pending
 
 
@@ -160,15 +192,19 @@ class Head(nn.Linear):
     """The last layer of a decoder: predictions or, given the target, their smooth-L1 loss, never holding either."""
 
     def forward(self, x: Tensor, target: Target | None = None) -> Tensor:
-        """x [B, M, D] -> [B, M, C], or a float32 scalar: the mean over all tokens and channels."""
+        """x [B, M, D] -> [B, M, C], or a float32 scalar: the mean over all tokens and channels.
+
+        With a target x may be [B S, M, D] and the target's index [B, S M]: S masks of each clip.
+        """
         if target is None:
             return super().forward(x)
         features, index, normalize = target
+        x = x.reshape(*index.shape, x.shape[-1])
         return linear_smooth_l1(x, self.weight, self.bias, features, index, normalize_target=normalize)
 
 
 class Decoder(nn.Module):
-    """Blocks over all tokens, then LayerNorm and a linear head on the last `num_outputs` of them."""
+    """Blocks over all tokens (the last: for the outputs alone), LayerNorm and a linear head on the last tokens."""
 
     def __init__(self, dim: int, depth: int, num_heads: int, output_dim: int, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -179,7 +215,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, num_outputs: int, target: Target | None = None) -> Tensor:
         """x [B, N, D] -> predictions [B, num_outputs, C], or their loss where the target is given."""
-        _, normed = self.norm(*run_blocks(self.blocks, x, self.recompute).last(num_outputs))
+        _, normed = self.norm(*run_blocks(self.blocks, x, self.recompute, num_outputs))
         return self.head(normed, target)
 
 
@@ -214,9 +250,18 @@ def check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
         raise ValueError(f"{name} must be [B, {', '.join(map(str, expected))}], got {list(x.shape)}")
 
 
-def block_flops(tokens: int, dim: int) -> float:
-    """Forward FLOP of one block on one sample, multiply-adds counted as 2: 24 N D^2 + 4 N^2 D."""
-    return 24.0 * tokens * dim**2 + 4.0 * tokens**2 * dim
+def block_flops(tokens: int, dim: int, outputs: int | None = None) -> float:
+    """Forward FLOP of one block on one sample, multiply-adds counted as 2: 24 N D^2 + 4 N^2 D.
+
+    `outputs`: of a block that computes only so many tokens; keys and values are still of all.
+    """
+    outputs = tokens if outputs is None else outputs
+    return (4.0 * tokens + 20.0 * outputs) * dim**2 + 4.0 * outputs * tokens * dim
+
+
+def decoder_flops(tokens: int, dim: int, depth: int, outputs: int) -> float:
+    """Forward FLOP of `depth` blocks of which the last computes only the outputs."""
+    return (depth - 1) * block_flops(tokens, dim) + block_flops(tokens, dim, outputs)
 
 
 def linear_flops(tokens: int, *widths: int) -> float:

@@ -18,6 +18,7 @@ from .layers import (
     Pending,
     block_flops,
     check_shape,
+    decoder_flops,
     frozen,
     init_linear,
     linear_flops,
@@ -136,7 +137,7 @@ class MaskedAutoencoder(ImageTeacher):
         seen, unseen = F.pad(visible + 1, (1, 0)), masked + 1
         _, x = self.norm(*self.encode(images, visible))
         x = self.decoder_embed(x, self.mask_token, self.decoder_pos_embed, seen, unseen)
-        _, x = self.decoder_norm(*run_blocks(self.decoder_blocks, x, self.recompute).last(unseen.shape[1]))
+        _, x = self.decoder_norm(*run_blocks(self.decoder_blocks, x, self.recompute, unseen.shape[1]))
         return self.decoder_pred(x)
 
     def targets(
@@ -158,7 +159,7 @@ class MaskedAutoencoder(ImageTeacher):
         """Forward FLOP per image when `num_visible` patches are seen."""
         tokens = self.grid[1] * self.grid[2]
         decoder = linear_flops(num_visible + 1, self.embed_dim, self.decoder_dim)
-        decoder += len(self.decoder_blocks) * block_flops(tokens + 1, self.decoder_dim)
+        decoder += decoder_flops(tokens + 1, self.decoder_dim, len(self.decoder_blocks), tokens - num_visible)
         decoder += linear_flops(tokens - num_visible, self.decoder_dim, self.decoder_pred.out_features)
         return self.encoder_flops(num_visible) + decoder
 

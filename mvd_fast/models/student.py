@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 
 from mvd_fast.config import ModelConfig, TeachersConfig
-from mvd_kernels import AddLayerNorm
+from mvd_kernels import AddLayerNorm, scatter_mask_tokens
 
 from .layers import (
     LN_EPS,
@@ -17,6 +17,7 @@ from .layers import (
     TubeletEmbed,
     block_flops,
     check_video,
+    decoder_flops,
     frozen,
     init_linear,
     linear_flops,
@@ -25,7 +26,7 @@ from .layers import (
     run_blocks,
 )
 from .positions import sincos_3d
-from .tokens import split_mask
+from .tokens import choose_tokens, per_clip, split_mask
 
 BRANCHES = ("img", "vid")
 
@@ -75,9 +76,17 @@ class MaskedVideoStudent(nn.Module):
         init_linear(self)
 
     def encode(self, video: Tensor, visible: Tensor | None = None) -> Tensor:
-        """video [B, 3, T, H, W] -> normed tokens [B, N, D], or [B, Nv, D] for visible int64 [B, Nv]."""
+        """video [B, 3, T, H, W] -> normed tokens [B, N, D], or [B S, Nv, D] for visible int64 [B S, Nv].
+
+        With S masks per clip the rows of one clip's masks follow each other.
+        """
         check_video(video, self.num_frames, self.image_size)
-        x = self.patch_embed(video, self.pos_embed, visible)
+        if visible is None:
+            x = self.patch_embed(video, self.pos_embed)
+        else:  # all masks of a clip as one list of its tubes, which then go apart
+            x = self.patch_embed(video, self.pos_embed, per_clip(visible, len(video))).view(
+                *visible.shape, self.embed_dim
+            )
         return self.norm(*run_blocks(self.blocks, x, self.recompute))[1]
 
     def forward(
@@ -87,40 +96,63 @@ class MaskedVideoStudent(nn.Module):
         num_visible: int | None = None,
         targets: tuple[Tensor | None, Tensor | None] | None = None,
         normalize_targets: bool = False,
+        num_predicted: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """video float [B, 3, T, H, W] (normalised), mask bool [B, N], True = masked, equal counts per row.
+        """video float [B, 3, T, H, W] (normalised), mask bool [B, N] or, S masks per clip, [B, S, N], True = masked,
+        equal counts per row. Shapes below are for S = 1; else there are B S rows, a clip's masks one after the other.
 
         Returns (pred_image [B, Nm, image_target_dim], pred_video [B, Nm, video_target_dim]), masked tokens ascending.
         `num_visible`: tokens visible per row, if known; saves a device synchronisation. With `targets`, both teachers'
         features of all tokens ([B, N, image_target_dim], [B, N, video_target_dim]), returns the two smooth-L1 losses
         instead (float32 scalars): of features normalised per token with `normalize_targets`, None for a target None.
+        `num_predicted`: decode only so many masked tokens of each row, chosen by torch's random numbers; the others
+        enter neither decoder nor loss.
         """
-        visible, masked = split_mask(mask, num_visible)
+        visible, masked = split_mask(mask.flatten(0, -2), num_visible)
+        if num_predicted is not None:
+            masked = choose_tokens(masked, num_predicted)
         x = self.encode(video, visible)
         if targets is None:
-            return tuple(self._decode(branch, x, visible, masked) for branch in BRANCHES)
-        return tuple(
-            None
-            if features is None
-            else self._decode(branch, x, visible, masked, Target(features, masked, normalize_targets))
+            return tuple(self._decode(dict.fromkeys(BRANCHES), x, visible, masked).values())
+        index = per_clip(masked, len(video))
+        wanted = {
+            branch: Target(features, index, normalize_targets)
             for branch, features in zip(BRANCHES, targets, strict=True)
+            if features is not None
+        }
+        losses = self._decode(wanted, x, visible, masked)
+        return tuple(losses.get(branch) for branch in BRANCHES)
+
+    def _decode(
+        self, targets: dict[str, Target | None], x: Tensor, visible: Tensor, masked: Tensor
+    ) -> dict[str, Tensor]:
+        """Predictions, or losses where a target is given, of the decoders that `targets` names."""
+        downs = [getattr(self, f"down_{branch}") for branch in targets]
+        inputs = scatter_mask_tokens(
+            x,
+            [down.weight for down in downs],
+            [down.bias for down in downs],
+            [getattr(self, f"mask_token_{branch}") for branch in targets],
+            [getattr(self, f"pos_embed_{branch}") for branch in targets],
+            visible,
+            masked,
         )
+        return {
+            branch: getattr(self, f"decoder_{branch}")(one, masked.shape[1], target)
+            for one, (branch, target) in zip(inputs, targets.items(), strict=True)
+        }
 
-    def _decode(self, branch: str, x: Tensor, visible: Tensor, masked: Tensor, target: Target | None = None) -> Tensor:
-        token, pos = getattr(self, f"mask_token_{branch}"), getattr(self, f"pos_embed_{branch}")
-        x = getattr(self, f"down_{branch}")(x, token, pos, visible, masked)
-        return getattr(self, f"decoder_{branch}")(x, masked.shape[1], target)
-
-    def flops(self, num_visible: int) -> float:
-        """Forward FLOP per clip with `num_visible` tokens visible."""
-        tokens = math.prod(self.grid)
+    def flops(self, num_visible: int, num_predicted: int | None = None) -> float:
+        """Forward FLOP per mask of a clip: `num_visible` tokens visible, `num_predicted` (None: all others) decoded."""
+        predicted = math.prod(self.grid) - num_visible if num_predicted is None else num_predicted
+        tokens = num_visible + predicted
         total = linear_flops(num_visible, self.patch_embed.pixels, self.embed_dim)
         total += len(self.blocks) * block_flops(num_visible, self.embed_dim)
         for branch in BRANCHES:
             decoder: Decoder = getattr(self, f"decoder_{branch}")
             total += linear_flops(num_visible, self.embed_dim, self.decoder_dim)
-            total += len(decoder.blocks) * block_flops(tokens, self.decoder_dim)
-            total += linear_flops(tokens - num_visible, self.decoder_dim, decoder.head.out_features)
+            total += decoder_flops(tokens, self.decoder_dim, len(decoder.blocks), predicted)
+            total += linear_flops(predicted, self.decoder_dim, decoder.head.out_features)
         return total
 
 

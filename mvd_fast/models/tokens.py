@@ -26,6 +26,17 @@ def split_mask(mask: Tensor, num_visible: int | None = None) -> tuple[Tensor, Te
     return order[:, :num_visible], order[:, num_visible:]
 
 
+def choose_tokens(index: Tensor, count: int) -> Tensor:
+    """`count` entries of every row of index int64 [B, M], in their order, at random (torch's generator)."""
+    chosen = torch.rand(index.shape, device=index.device).topk(count, dim=1).indices.sort(dim=1).values
+    return index.gather(1, chosen)
+
+
+def per_clip(index: Tensor, clips: int) -> Tensor:
+    """Indices of each clip's S masks, [clips S, M], one after the other: [clips, S M]."""
+    return index.reshape(clips, index.numel() // max(1, clips))
+
+
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x [B or 1, N, D] at index int64 [B, M] -> [B, M, D]."""
     x = x.expand(index.shape[0], -1, -1)

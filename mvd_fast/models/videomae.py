@@ -17,6 +17,7 @@ from .layers import (
     TubeletEmbed,
     block_flops,
     check_video,
+    decoder_flops,
     init_linear,
     linear_flops,
     make_blocks,
@@ -157,7 +158,7 @@ class VideoMAE(nn.Module):
         """Forward FLOP per clip when `num_visible` tokens are seen."""
         tokens, dim = self.encoder.num_tokens, self.encoder_to_decoder.out_features
         decoder = linear_flops(num_visible, self.encoder.embed_dim, dim)
-        decoder += len(self.decoder.blocks) * block_flops(tokens, dim)
+        decoder += decoder_flops(tokens, dim, len(self.decoder.blocks), tokens - num_visible)
         decoder += linear_flops(tokens - num_visible, dim, self.decoder.head.out_features)
         return self.encoder.flops(num_visible) + decoder
 

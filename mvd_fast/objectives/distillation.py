@@ -39,6 +39,8 @@ class DistillationObjective(nn.Module):
         self.image_weight, self.video_weight = image_weight, video_weight
         self.normalize_targets = normalize_targets
         self.num_visible: int | None = None  # set by build(): spares a device synchronisation per step
+        self.num_predicted: int | None = None  # set by build(): masked tokens decoded per mask, None: all
+        self.masks_per_clip = 1  # for flops()
 
     def train(self, mode: bool = True) -> DistillationObjective:
         self.training = mode
@@ -46,14 +48,14 @@ class DistillationObjective(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: `video` float [B, 3, T, H, W] (normalised), `mask` bool [B, N], True = masked.
+        """batch: `video` float [B, 3, T, H, W] (normalised), `mask` bool [B, N] or [B, masks, N], True = masked.
 
         Returns scalars `loss`, `loss_image`, `loss_video` (the parts unweighted).
         """
         video, mask = batch["video"], batch["mask"]
         with torch.inference_mode():
             targets = self.targets(video)
-        losses = self.model(video, mask, self.num_visible, targets, self.normalize_targets)
+        losses = self.model(video, mask, self.num_visible, targets, self.normalize_targets, self.num_predicted)
         loss_image, loss_video = (video.new_zeros((), dtype=torch.float32) if part is None else part for part in losses)
         loss = self.image_weight * loss_image + self.video_weight * loss_video
         return {"loss": loss, "loss_image": loss_image, "loss_video": loss_video}
@@ -73,12 +75,13 @@ class DistillationObjective(nn.Module):
         return self.image_teacher(frames).unflatten(0, (len(video), -1)).flatten(1, 2)
 
     def flops(self) -> float:
-        """FLOP of one clip's training step: both teachers forward, the student forward and backward."""
+        """FLOP of one clip's training step: both teachers forward, the student forward and backward for each mask."""
         assert self.num_visible is not None, "set by build()"
         student = getattr(self.model, "module", self.model)
         teachers = self.grid[0] * self.image_teacher.flops() * bool(self.image_weight)
         teachers += self.video_teacher.flops() * bool(self.video_weight)
-        return teachers + FORWARD_AND_BACKWARD * student.flops(self.num_visible)
+        per_mask = FORWARD_AND_BACKWARD * student.flops(self.num_visible, self.num_predicted)
+        return teachers + self.masks_per_clip * per_mask
 
 
 def build(config: RunConfig) -> DistillationObjective:
@@ -92,5 +95,6 @@ def build(config: RunConfig) -> DistillationObjective:
         video_weight=config.objective.video_weight,
         normalize_targets=config.objective.normalize_targets,
     )
-    objective.num_visible = config.num_visible
+    objective.num_visible, objective.num_predicted = config.num_visible, config.num_predicted
+    objective.masks_per_clip = config.data.masks_per_clip
     return objective

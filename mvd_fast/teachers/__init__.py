@@ -12,12 +12,22 @@ from importlib import import_module
 import torch
 from torch import nn
 
-from mvd_fast.config import ModelConfig, Precision, TeacherConfig
+from mvd_fast.config import ModelConfig, Precision, TeacherConfig, TeacherPrecision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_teacher(config: TeacherConfig, model: ModelConfig, precision: Precision = "fp32") -> nn.Module:
     """The teacher with its weights loaded, in its own precision or else in `precision`, eval mode, no gradients."""
-    teacher = import_module(f"mvd_fast.teachers.{config.kind}").build(config, model)
-    return teacher.eval().requires_grad_(False).to(DTYPES[config.precision or precision])
+    teacher = import_module(f"mvd_fast.teachers.{config.kind}").build(config, model).eval().requires_grad_(False)
+    return to_precision(teacher, config.precision or precision)
+
+
+def to_precision(teacher: nn.Module, precision: TeacherPrecision) -> nn.Module:
+    """The frozen teacher in `precision`; 8 bits are for its blocks' linear layers, the rest is bf16 then."""
+    if precision in DTYPES:
+        return teacher.to(DTYPES[precision])
+    for module in list(teacher.modules()):
+        if hasattr(module, "to_8bit"):
+            module.to_8bit(precision)
+    return teacher.bfloat16()
