@@ -1,32 +1,78 @@
-"""The whole distillation step, forward and backward, against the authors' way of computing it (yardstick.py).
+"""The whole distillation step against the authors' way of computing it (yardstick.py): `mvd-fast bench step`.
 
-    python benchmarks/step.py [--config vitb_from_vitb] [--clips 2] [--precision bf16] [--rounds 5]
-
-Networks of the recipe's sizes with random weights, random clips, the recipe's masks; the same weights on both sides. In
-bf16 the engine holds bf16 weights, as DeepSpeed does, and the yardstick runs under autocast. Losses are checked equal
-before anything is timed; then both sides run in turn. Decoding and the optimiser are not part of it.
+Networks of the recipe's sizes with random weights, random clips, the recipe's masks; the same weights on all sides.
+Sides are the yardstick and the engine as a run uses it (DeepSpeed, its optimiser with a learning rate of 0, so that
+every step is the same), and the engine with the recipes that need less work. Losses are checked before anything is
+timed; then the sides run in turn. Decoding is not part of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import json
+import math
+import os
+import platform
 import statistics
-from collections.abc import Callable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from compare import clock, gemm_peak, memory_of
-from torch import Tensor, nn
+from compare import gemm_peak, memory_of
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 from yardstick import distillation_losses
 
 from mvd_fast.config import RunConfig, TeacherConfig
 from mvd_fast.config_file import load_config
+from mvd_fast.files import write_text
 from mvd_fast.models import ImageTeacher, VideoTeacher, build_model
 from mvd_fast.objectives.distillation import DistillationObjective
+from mvd_fast.optim import build_optimizer
+from mvd_fast.teachers import to_precision
+from mvd_fast.telemetry import PhaseTimer
+from mvd_fast.train import start_distributed
 from mvd_kernels import tube_mask
+
+PHASES = ("image teacher", "video teacher", "student", "decoders", "heads and loss", "backward", "optimiser")
 
 # Of the loss: bf16 rounds features to 2^-9, and the mean over half a million differences is much closer than each.
 TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
+
+
+class Recipe(NamedTuple):
+    """What the engine does differently from the exact step."""
+
+    teachers: str = ""
+    masks: int = 1
+    fraction: float = 1.0
+    stored: bool = False  # targets come from outside, as from a store
+
+
+RECIPES = {
+    "exact": Recipe(),
+    "int8": Recipe(teachers="int8"),
+    "masks4": Recipe(masks=4),
+    "int8+masks4": Recipe(teachers="int8", masks=4),
+    "half": Recipe(fraction=0.5),
+    "stored": Recipe(stored=True),
+    "stored+masks4": Recipe(stored=True, masks=4),
+    "int8+masks4+half": Recipe(teachers="int8", masks=4, fraction=0.5),
+}
+
+
+class Side(NamedTuple):
+    """One way of making a step. `run(phase)` -> loss and its two parts; samples: of the student, made by one call."""
+
+    name: str
+    run: Callable[[Any], list[Tensor]]
+    samples: int
+    flops: float
 
 
 def make_objective(config: RunConfig) -> DistillationObjective:
@@ -41,70 +87,265 @@ def make_objective(config: RunConfig) -> DistillationObjective:
     for module in objective.modules():  # the same branches on both sides
         if hasattr(module, "drop_path"):
             module.drop_path.rate = 0.0
-    return objective
+    return objective.train()
 
 
 def _sizes(teacher: TeacherConfig) -> tuple[int, int, int]:
     return teacher.embed_dim, teacher.depth, teacher.num_heads
 
 
-def make_batch(config: RunConfig, clips: int) -> dict[str, Tensor]:
+def make_batch(config: RunConfig, clips: int, masks: int = 1) -> dict[str, Tensor]:
+    """The same clips for every number of masks, and the same first mask of each."""
+    torch.manual_seed(1)
     model = config.model
-    mask = tube_mask(0, 0, torch.arange(clips), model.grid, config.data.mask_ratio).mask
-    return {"video": torch.randn(clips, 3, model.num_frames, model.image_size, model.image_size), "mask": mask}
+    numbers = torch.arange(clips)[:, None] + clips * torch.arange(masks)
+    mask = tube_mask(0, 0, numbers.flatten(), model.grid, config.data.mask_ratio).mask.view(clips, masks, -1)
+    video = torch.randn(clips, 3, model.num_frames, model.image_size, model.image_size)
+    return {"video": video, "mask": mask[:, 0] if masks == 1 else mask}
 
 
-def step(losses: Callable[[], dict[str, Tensor]], network: nn.Module) -> list[Tensor]:
-    """Forward and backward; the gradients are dropped. -> the loss and its two parts."""
-    out = losses()
-    out["loss"].backward()
-    network.zero_grad(set_to_none=True)
-    return [part.detach() for part in out.values()]
+def yardstick_side(config: RunConfig, clips: int, precision: str) -> Side:
+    objective, batch = make_objective(config), make_batch(config, clips)
+    optimizer = build_optimizer(objective.model, config.optim)
+
+    def run(phase: Any) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            out = distillation_losses(objective, batch, phase)
+        with phase("backward"):
+            out["loss"].backward()
+        with phase("optimiser"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return [part.detach() for part in out.values()]
+
+    # The engine's FLOP for the same results; the yardstick does more.
+    return Side(f"yardstick {precision}", run, clips, objective.flops() * clips)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", default="vitb_from_vitb")
-    parser.add_argument("--clips", type=int, default=2)
-    parser.add_argument("--precision", choices=TOLERANCE, default="bf16")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    config, narrow = load_config(args.config), args.precision == "bf16"
-    theirs = make_objective(config).train()
-    ours, batch = copy.deepcopy(theirs), make_batch(config, args.clips)
-    ours_batch = dict(batch)
-    if narrow:
-        ours.bfloat16()
-        ours_batch["video"] = batch["video"].bfloat16()
+def engine_side(config: RunConfig, clips: int, name: str) -> Side:
+    """The engine in the run's precision, with the recipe `name`."""
+    import deepspeed
 
-    def yardstick() -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-            return step(lambda: distillation_losses(theirs, batch), theirs.model)
+    from mvd_fast.trainer import deepspeed_config
 
-    def engine() -> list[Tensor]:
-        return step(lambda: ours(ours_batch), ours.model)
+    recipe = RECIPES[name]
+    objective, batch = make_objective(config), make_batch(config, clips, recipe.masks)
+    objective.masks_per_clip = recipe.masks
+    if recipe.fraction < 1:
+        hidden = math.prod(config.model.grid) - config.num_visible
+        objective.num_predicted = round(recipe.fraction * hidden)
+    for role in ("image_teacher", "video_teacher"):
+        to_precision(getattr(objective, role), recipe.teachers or config.precision)
+    if config.precision == "bf16":
+        batch["video"] = batch["video"].bfloat16()
+    samples = clips * recipe.masks
+    run_config = config.model_copy(update={"batch": config.batch.model_copy(update={"size": samples})})
+    engine, *_ = deepspeed.initialize(
+        model=objective.model,
+        optimizer=build_optimizer(objective.model, config.optim),
+        config=deepspeed_config(run_config, samples, 1),
+    )
+    flops = objective.flops() * clips
+    if recipe.stored:
+        with torch.inference_mode():
+            stored = tuple(features.clone() for features in objective.targets(batch["video"]))
+        objective.targets = lambda _video: stored
+        objective.image_teacher = objective.video_teacher = torch.nn.Identity()
+        flops = samples * 3 * engine.module.flops(config.num_visible, objective.num_predicted)
+    objective.model = engine
+    watch = PhaseSink(objective, engine.module)
 
-    sides = {"engine": engine, "yardstick": yardstick}
-    for number, (mine, expected) in enumerate(zip(engine(), yardstick(), strict=True)):
-        print(f"{('loss', 'image teacher', 'video teacher')[number]}: {mine:.6f}, yardstick {expected:.6f}")
-        assert abs(mine / expected - 1) <= TOLERANCE[args.precision], "the losses are not equal: nothing is timed"
-    memory = {name: memory_of(side, "cpu").temporary for name, side in sides.items()}
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(args.rounds):
-        for name, side in sorted(sides.items(), reverse=bool(number % 2)):
-            times[name].append(clock(side, "cpu"))
-    peak = gemm_peak("cpu", torch.bfloat16 if narrow else torch.float32)
-    flops = ours.flops() * args.clips
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        rate = flops / median
-        print(
-            f"{name:<10} {median:7.2f} s   {rate / 1e9:6.1f} GFLOP/s   {rate / peak:4.0%} of the matrix product's "
-            f"{peak / 1e9:.0f}   {memory[name] / 2**20:7.0f} MiB at most"
+    def run(phase: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        with watch.into(phase):
+            out = objective(batch)
+        with phase("backward"):
+            engine.backward(out["loss"])
+        with phase("optimiser"):
+            engine.step()
+        return [part.detach() for part in out.values()]
+
+    return Side(f"engine {name}", run, samples, flops)
+
+
+class PhaseSink:
+    """Times the engine's parts by hooks on its modules; what is inside another part is not counted twice."""
+
+    def __init__(self, objective: DistillationObjective, student: torch.nn.Module) -> None:
+        self._timer = PhaseTimer(torch.device("cpu"))
+        self._timer.watch("image teacher", objective.image_teacher)
+        self._timer.watch("video teacher", objective.video_teacher)
+        self._timer.watch("student", student)
+        for branch in ("img", "vid"):
+            decoder = getattr(student, f"decoder_{branch}")
+            self._timer.watch("decoders", decoder)
+            self._timer.watch("heads and loss", decoder.head)
+
+    @contextmanager
+    def into(self, phase: Any) -> Iterator[None]:
+        yield
+        spent = self._timer.collect()
+        if not isinstance(phase, Phases):
+            return
+        spent["student"] -= spent["decoders"]
+        spent["decoders"] -= spent["heads and loss"]
+        for name, seconds in spent.items():
+            phase.seconds[name] += seconds
+
+
+class Phases:
+    """Seconds by name; `phases(name)` is the context that measures one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
+def check_losses(sides: Sequence[Side], precision: str) -> dict[str, list[float]]:
+    """The losses of all sides; raises unless the exact ones agree with the first side's, the yardstick's."""
+    losses = {side.name: [float(part) for part in side.run(Phases())] for side in sides}
+    expected = losses[sides[0].name]
+    for name in (f"yardstick {precision}", "engine exact"):
+        for mine, theirs in zip(losses.get(name, expected), expected, strict=True):
+            if not abs(mine / theirs - 1) <= TOLERANCE[precision]:
+                raise RuntimeError(f"{name}: loss {mine:.6f}, {sides[0].name} {theirs:.6f}: nothing is timed")
+    return losses
+
+
+def measure(sides: Sequence[Side], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Seconds per phase and `total` of every round; the sides run in turn, each round starting at another one."""
+    found: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
+    for number in range(rounds):
+        first = number % len(sides)
+        for side in (*sides[first:], *sides[:first]):
+            phases, start = Phases(), time.perf_counter()
+            side.run(phases)
+            found[side.name].append({**phases.seconds, "total": time.perf_counter() - start})
+    return found
+
+
+def summarise(sides: Sequence[Side], rounds: dict[str, list[dict[str, float]]], peaks: dict[str, float]) -> list[dict]:
+    """One row per side: medians over rounds; `ratios` to each yardstick, per student sample, round by round."""
+    rows = []
+    for side in sides:
+        spans = rounds[side.name]
+        seconds = {
+            name: statistics.median(span.get(name, 0.0) for span in spans)
+            for name in ("total", *PHASES)
+            if any(name in span for span in spans)
+        }
+        peak = peaks["fp32" if side.name == "yardstick fp32" else "run"]
+        ratios = {
+            other.name: statistics.median(
+                theirs["total"] / other.samples / (ours["total"] / side.samples)
+                for ours, theirs in zip(spans, rounds[other.name], strict=True)
+            )
+            for other in sides
+            if other.name.startswith("yardstick")
+        }
+        rate = side.flops / seconds["total"]
+        rows.append(
+            {
+                "side": side.name,
+                "samples": side.samples,
+                "seconds": seconds,
+                "seconds_per_sample": seconds["total"] / side.samples,
+                "ratios": ratios,
+                "gflops": rate / 1e9,
+                "share_of_peak": rate / peak,
+            }
         )
-    ratio = statistics.median(b / a for a, b in zip(times["engine"], times["yardstick"], strict=True))
-    print(f"ratio {ratio:.2f}x (median of {args.rounds} rounds), memory {memory['engine'] / memory['yardstick']:.0%}")
+    return rows
+
+
+def tables(rows: list[dict]) -> list[Table]:
+    yardsticks = list(rows[0]["ratios"])
+    speed = Table(title="one step", title_justify="left")
+    for title in ("side", "samples", "s", "s/sample", *(f"x {name}" for name in yardsticks), "GFLOP/s", "peak", "MiB"):
+        speed.add_column(title, justify="left" if title == "side" else "right")
+    for row in rows:
+        speed.add_row(
+            row["side"],
+            str(row["samples"]),
+            f"{row['seconds']['total']:.2f}",
+            f"{row['seconds_per_sample']:.2f}",
+            *(f"{row['ratios'][name]:.2f}" for name in yardsticks),
+            f"{row['gflops']:.0f}",
+            f"{row['share_of_peak']:.0%}",
+            f"{row['temporary_bytes'] / 2**20:.0f}",
+        )
+    parts = Table(title="seconds by phase", title_justify="left")
+    parts.add_column("side", no_wrap=True)
+    for name in PHASES:
+        parts.add_column(name, justify="right")
+    for row in rows:
+        parts.add_row(row["side"], *(f"{row['seconds'].get(name, 0.0):.3f}" for name in PHASES))
+    return [speed, parts]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    from mvd_kernels import implementation
+
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "attention": implementation("attention", "cpu")[0],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("mvd-fast bench step", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default="vitb_from_vitb", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one value")
+    parser.add_argument("--batch", type=int, default=2, help="clips of a step (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--recipes", default="exact", help=f"comma-separated, or all: {', '.join(RECIPES)} (default: %(default)s)"
+    )
+    parser.add_argument("--fp32", action="store_true", help="also the yardstick in float32")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.set)
+    names = list(RECIPES) if args.recipes == "all" else args.recipes.split(",")
+    if unknown := [name for name in names if name not in RECIPES]:
+        raise ValueError(f"--recipes: {unknown[0]!r} is unknown; there are: all, {', '.join(RECIPES)}")
+    start_distributed()
+    precisions = dict.fromkeys([config.precision, *(["fp32"] if args.fp32 else [])])
+    sides = [yardstick_side(config, args.batch, precision) for precision in precisions]
+    sides += [engine_side(config, args.batch, name) for name in names]
+    losses = check_losses(sides, config.precision)
+    memory = {side.name: memory_of(lambda side=side: side.run(Phases()), "cpu").temporary for side in sides}
+    rounds = measure(sides, args.rounds)
+    own = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    peaks = {"run": gemm_peak("cpu", own), "fp32": gemm_peak("cpu", torch.float32)}
+    rows = summarise(sides, rounds, peaks)
+    for row in rows:
+        row |= {"temporary_bytes": memory[row["side"]], "losses": losses[row["side"]]}
+    console = Console(width=max(140, Console().width), highlight=False)
+    for table in tables(rows):
+        console.print(table)
+    console.print(
+        f"medians of {args.rounds} rounds, sides in turn; ratios per student sample; peak: of torch's matrix product, "
+        f"{peaks['run'] / 1e9:.0f} GFLOP/s in {config.precision}, {peaks['fp32'] / 1e9:.0f} in fp32; MiB: allocated by "
+        "a step at most; learning rate 0, random weights, no decoding"
+    )
+    if args.json:
+        content = {"config": config.name, "clips": args.batch, "rounds": args.rounds, "machine": machine()}
+        write_text(Path(args.json), json.dumps({**content, "peaks": peaks, "sides": rows}, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

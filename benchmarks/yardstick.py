@@ -45,9 +45,11 @@ def distillation_losses(
         x = layer_norm(student.norm, blocks(student.blocks, visible_rows(x, mask)))
     losses = []
     for branch, target in zip(BRANCHES, (image_target, clip_target), strict=True):
+        decoder: Decoder = getattr(student, f"decoder_{branch}")
         with phase("decoders"):
-            prediction = decode(student, branch, x, mask)
-        with phase("loss"):
+            decoded = decode(student, branch, x, mask)
+        with phase("heads and loss"):
+            prediction = F.linear(decoded, decoder.head.weight, decoder.head.bias)
             if objective.normalize_targets:
                 target = F.layer_norm(target, target.shape[-1:], eps=LN_EPS)
             losses.append(F.smooth_l1_loss(prediction.float(), visible_rows(target, ~mask).float()))
@@ -80,14 +82,14 @@ def visible_rows(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def decode(student: nn.Module, branch: str, x: Tensor, mask: Tensor) -> Tensor:
-    """Predictions [B, Nm, C] of one decoder from the encoder's output [B, Nv, E]."""
+    """What one decoder's head sees, [B, Nm, D], from the encoder's output [B, Nv, E]."""
     decoder: Decoder = getattr(student, f"decoder_{branch}")
     pos = getattr(student, f"pos_embed_{branch}").type_as(x)
     down, token = getattr(student, f"down_{branch}"), getattr(student, f"mask_token_{branch}")
     seen = F.linear(x, down.weight, down.bias) + visible_rows(pos, mask)
     unseen = token + visible_rows(pos, ~mask)
     x = blocks(decoder.blocks, torch.cat([seen, unseen], dim=1))
-    return F.linear(layer_norm(decoder.norm, x[:, -unseen.shape[1] :]), decoder.head.weight, decoder.head.bias)
+    return layer_norm(decoder.norm, x[:, -unseen.shape[1] :])
 
 
 def blocks(modules: Iterable[Block], x: Tensor) -> Tensor:

@@ -63,6 +63,21 @@ def _convert(argv: Arguments) -> int | None:
     return convert(argv)
 
 
+def _bench(argv: Arguments) -> int | None:
+    return _run_nested("bench", BENCH_COMMANDS, argv)
+
+
+def _bench_step(argv: Arguments) -> int | None:
+    from importlib import import_module
+    from pathlib import Path
+
+    folder = Path(__file__).parents[1] / "benchmarks"  # holds the yardstick, which no training needs
+    if not (folder / "step.py").is_file():
+        raise ValueError("bench runs in a checkout, beside its folder benchmarks/, which an installed package lacks")
+    sys.path.insert(0, str(folder))
+    return import_module("step").main(argv)
+
+
 def _data(argv: Arguments) -> int | None:
     return _run_nested("data", DATA_COMMANDS, argv)
 
@@ -120,9 +135,11 @@ COMMANDS = {
     "data": Command(_data, "look after data: `data check LIST` scans every file of a list"),
     "convert": Command(_convert, "a checkpoint in the names and files of MVD, VideoMAE, Hugging Face or timm"),
     "config": Command(_config, "`config list` names the recipes, `config show CONFIG` prints a resolved one"),
+    "bench": Command(_bench, "`bench step` times the training step against the authors' way of computing it"),
     "doctor": Command(_doctor, "print versions, devices, and which implementation each op uses and why"),
 }
 DATA_COMMANDS = {"check": Command(_data_check, "report every unusable file of a list, by name")}
+BENCH_COMMANDS = {"step": Command(_bench_step, "yardstick and engine in turn: seconds by phase, ratio, memory")}
 CONFIG_COMMANDS = {
     "show": Command(_config_show, "print a config with everything that it extends, as JSON"),
     "list": Command(_config_list, "name the recipes, one a line"),

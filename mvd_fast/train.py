@@ -48,14 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _run(config, resume: str) -> int:
+def start_distributed() -> None:
+    """This process as one rank of DeepSpeed's group: as a launcher says, or alone."""
+    _adopt_ranks(os.environ)
     _quiet_logs()
     import deepspeed
+
+    deepspeed.init_distributed()
+
+
+def _run(config, resume: str) -> int:
+    start_distributed()
     import torch.distributed as dist
 
     from mvd_fast.trainer import NonFiniteLossError, Trainer
 
-    deepspeed.init_distributed()
     try:
         return 0 if Trainer(config, resume).fit() else 143
     except NonFiniteLossError as error:
