@@ -88,6 +88,16 @@ def _data_check(argv: Arguments) -> int | None:
     return check(argv)
 
 
+def _teachers(argv: Arguments) -> int | None:
+    return _run_nested("teachers", TEACHERS_COMMANDS, argv)
+
+
+def _teachers_cache(argv: Arguments) -> int | None:
+    from mvd_fast.targets.build import main as cache
+
+    return cache(argv)
+
+
 def _config(argv: Arguments) -> int | None:
     return _run_nested("config", CONFIG_COMMANDS, argv)
 
@@ -133,6 +143,7 @@ COMMANDS = {
     "train": Command(_train, "train one config; the same as mvd_fast/train.py"),
     "demo": Command(_demo, "make a small video set, train both teachers and a student on it, and write a report"),
     "data": Command(_data, "look after data: `data check LIST` scans every file of a list"),
+    "teachers": Command(_teachers, "`teachers cache --config FILE` stores the teachers' features, once for all epochs"),
     "convert": Command(_convert, "a checkpoint in the names and files of MVD, VideoMAE, Hugging Face or timm"),
     "config": Command(_config, "`config list` names the recipes, `config show CONFIG` prints a resolved one"),
     "bench": Command(_bench, "`bench step` times the training step against the authors' way of computing it"),
@@ -140,6 +151,7 @@ COMMANDS = {
 }
 DATA_COMMANDS = {"check": Command(_data_check, "report every unusable file of a list, by name")}
 BENCH_COMMANDS = {"step": Command(_bench_step, "yardstick and engine in turn: seconds by phase, ratio, memory")}
+TEACHERS_COMMANDS = {"cache": Command(_teachers_cache, "run the teachers once over views of every clip; resumable")}
 CONFIG_COMMANDS = {
     "show": Command(_config_show, "print a config with everything that it extends, as JSON"),
     "list": Command(_config_list, "name the recipes, one a line"),
@@ -178,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _listing(commands: dict[str, Command]) -> str:
-    return "commands:\n" + "\n".join(f"  {name:8}{command.summary}" for name, command in commands.items())
+    return "commands:\n" + "\n".join(f"  {name:9}{command.summary}" for name, command in commands.items())
 
 
 def _version() -> str:

@@ -80,9 +80,17 @@ class TeacherConfig(Strict):
         return self
 
 
+class CacheConfig(Strict):
+    """Stored targets: `mvd-fast teachers cache` runs the teachers once, training only reads."""
+
+    path: str = Field("", description="folder of the stored targets; empty: the teachers run in every step")
+    views: PositiveInt = Field(1, description="crops of each clip that are stored; epoch e shows number e modulo this")
+
+
 class TeachersConfig(Strict):
     image: TeacherConfig | None = None
     video: TeacherConfig | None = None
+    cache: CacheConfig = CacheConfig()
 
 
 class ObjectiveConfig(Strict):

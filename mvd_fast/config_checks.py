@@ -83,7 +83,15 @@ def faults(config: RunConfig) -> list[str]:
     unknown = list(_kind_faults(config))
     if unknown:  # the other checks would only repeat a mistyped kind
         return unknown + list(_deepspeed_faults(config))
-    checks = (_teacher_faults, _partner_faults, _recipe_faults, _shape_faults, _batch_faults, _deepspeed_faults)
+    checks = (
+        _teacher_faults,
+        _cache_faults,
+        _partner_faults,
+        _recipe_faults,
+        _shape_faults,
+        _batch_faults,
+        _deepspeed_faults,
+    )
     return [sentence for check in checks for sentence in check(config)]
 
 
@@ -127,6 +135,21 @@ def _teacher_faults(config: RunConfig) -> Iterator[str]:
                 f"{teacher.patch_size}) must equal the student's {side}x{side}: set image_size to "
                 f"{side * teacher.patch_size}"
             )
+
+
+def _cache_faults(config: RunConfig) -> Iterator[str]:
+    cache, data = config.teachers.cache, config.data
+    if not cache.path:
+        return
+    if not TEACHERS_OF_OBJECTIVE.get(config.objective.kind, ("any",)):
+        yield f"teachers.cache.path: objective {config.objective.kind!r} has no teachers to store: leave it empty"
+    if cache.views > config.optim.epochs:
+        yield (
+            f"teachers.cache.views: {cache.views} views are more than the {config.optim.epochs} epochs would show; "
+            f"store {config.optim.epochs} at most"
+        )
+    if cache.views > 1 and data.clip == data.crop == "center" and data.flip in (0.0, 1.0):
+        yield f"teachers.cache.views: with a centred clip and crop all {cache.views} views are the same: store 1"
 
 
 def _partner_faults(config: RunConfig) -> Iterator[str]:

@@ -9,7 +9,8 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ from mvd_fast.data.pipeline import PIPELINE_DEPTH, PipelineSpec, build_pipeline,
 from mvd_fast.data.quarantine import quarantine_path, read_quarantine
 from mvd_fast.data.sampling import SampleKey
 from mvd_fast.data.source import Choice, Readers, Sample, Schedule, Source
+from mvd_fast.targets.store import TargetStore
+from mvd_fast.teachers import DTYPES
 
 logger = logging.getLogger(__name__)
+
+ReadTargets = Callable[[list[SampleKey]], dict[str, Tensor]]
 
 JUDGED_FROM = 1000  # files seen before a share of bad ones says something about a long list
 LOOK_FOR_MISSING = 20  # files looked for when the loader is built
@@ -39,21 +44,36 @@ def build_loader(
 
     Raises ValueError sentences for lists that are missing, empty or too short.
     """
+    clips = micro // config.data.masks_per_clip
+    source, spec = build_source(config, device, clips)
+    views = config.teachers.cache.views if config.teachers.cache.path else None
+    schedule = Schedule(config.seed, len(source.paths), clips, accumulation, rank, world_size, views)
+    if schedule.updates_per_epoch == 0:
+        raise ValueError(
+            f"{config.data.train} lists {len(source.paths)} files, less than one update of {schedule.size} clips; "
+            "list more files or lower batch.size"
+        )
+    if views is None:
+        return Loader(source, schedule, spec, config.data)
+    store = TargetStore(config, source.paths)
+    source.untaught.update(store.bad)
+    read = partial(store.read, device=device, dtype=DTYPES[config.precision])
+    return Loader(source, schedule, spec, config.data, read)
+
+
+def build_source(config: RunConfig, device: torch.device, clips: int) -> tuple[Source, PipelineSpec]:
+    """The files of a run and what its pipeline is built from, `clips` at a time.
+
+    Raises ValueError sentences for unusable lists.
+    """
     kind = importlib.import_module(f"mvd_fast.data.kinds.{config.data.kind}").build(config, device.type == "cuda")
     entries = lists.read_dataset(config.data.train, config.data.root, kind.extensions)
     paths = [entry.path for entry in entries]
     _require_some_present(paths, config.data.train)
-    masks = config.data.masks_per_clip
-    schedule = Schedule(config.seed, len(paths), micro // masks, accumulation, rank, world_size)
-    if schedule.updates_per_epoch == 0:
-        raise ValueError(
-            f"{config.data.train} lists {len(paths)} files, less than one update of {schedule.size} clips; "
-            "list more files or lower batch.size"
-        )
     spec = PipelineSpec(
         kind=kind,
-        batch=micro // masks,
-        masks=masks,
+        batch=clips,
+        masks=config.data.masks_per_clip,
         grid=config.model.grid,
         mask_ratio=config.data.mask_ratio,
         threads=config.data.threads,
@@ -62,7 +82,7 @@ def build_loader(
     quarantine = read_quarantine(config.data.train)
     if quarantine:
         logger.info("%d files are set aside by %s", len(quarantine), quarantine_path(config.data.train))
-    return Loader(Source(paths, kind, frozenset(quarantine)), schedule, spec, config.data)
+    return Source(paths, kind, frozenset(quarantine)), spec
 
 
 def _require_some_present(paths: list[str], train: str) -> None:
@@ -77,8 +97,15 @@ def _require_some_present(paths: list[str], train: str) -> None:
 class Loader:
     """Micro batches of one rank; see `batches`. Made by `build_loader`."""
 
-    def __init__(self, source: Source, schedule: Schedule, spec: PipelineSpec, data: DataConfig):
-        self.schedule, self.spec, self.data = schedule, spec, data
+    def __init__(
+        self,
+        source: Source,
+        schedule: Schedule,
+        spec: PipelineSpec,
+        data: DataConfig,
+        read_targets: ReadTargets | None = None,
+    ):
+        self.schedule, self.spec, self.data, self.read_targets = schedule, spec, data, read_targets
         self.paths = source.paths
         self.readers = Readers(source, data.threads, data.workers)
         self.suspects: dict[str, str] = {}  # path -> why DALI failed on it; decoded by the readers since
@@ -102,7 +129,8 @@ class Loader:
 
         Each is a dict on the device: `video` float32 [B, 3, T, H, W] or `image` float32 [B, 3, H, W], normalised;
         `mask` bool [B, N] (with several per clip [B, masks, N]), True = masked; `index` int64 [B], positions in the
-        dataset of what is really shown.
+        dataset of what is really shown. With stored targets also `target_image`, `target_video` [B, N, C], see
+        TargetStore.read.
         Raises TooManyBadFiles; NoUsableFile when one sample finds no replacement at all.
         """
         producer = _Producer(self, start_update * self.schedule.accumulation)
@@ -159,7 +187,7 @@ class _Producer:
     """Runs the pipeline in a thread, from micro batch `step` on, `data.prefetch` batches ahead of the consumer."""
 
     def __init__(self, loader: Loader, step: int):
-        self._schedule, self._spec = loader.schedule, loader.spec
+        self._schedule, self._spec, self._read_targets = loader.schedule, loader.spec, loader.read_targets
         self._readers, self._suspects, self._paths = loader.readers, loader.suspects, loader.paths
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=loader.data.prefetch)
         self._stop = threading.Event()
@@ -206,7 +234,10 @@ class _Producer:
             except RuntimeError as error:
                 self._suspect_culprits(step, error)
                 break
-            self._put((outputs_to_torch(outputs, self._spec), self._schedule.keys(step), ahead.pop(step)))
+            batch, choices = outputs_to_torch(outputs, self._spec), ahead.pop(step)
+            if self._read_targets:
+                batch |= self._read_targets([choice.key for choice in choices])
+            self._put((batch, self._schedule.keys(step), choices))
             step += 1
         return step
 

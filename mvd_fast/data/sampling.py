@@ -30,6 +30,9 @@ class Purpose(IntEnum):
     REPLACE = 4
 
 
+OF_A_VIEW = (Purpose.FRAMES, Purpose.CROP, Purpose.FLIP)
+
+
 class Box(NamedTuple):
     """A crop in pixels of the source frame."""
 
@@ -41,14 +44,19 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleKey:
-    """Names one sample of a run: everything random about it follows from these three numbers."""
+    """Names one sample of a run: everything random about it follows from these numbers.
+
+    `view`: what frames, crop and flip are drawn from in the epoch's place, so that a later epoch can show them again.
+    """
 
     seed: int
     epoch: int
     index: int
+    view: int | None = None
 
     def draws(self, purpose: Purpose) -> Draws:
-        return Draws(self.seed, self.epoch, self.index, purpose)
+        replayed = self.view is not None and purpose in OF_A_VIEW
+        return Draws(self.seed, self.view if replayed else self.epoch, self.index, purpose)
 
 
 class Draws:

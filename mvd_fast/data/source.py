@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ class Schedule:
     accumulation: int
     rank: int
     world_size: int
+    views: int | None = None  # epoch e shows view e % views of every sample; None: each epoch its own
 
     @property
     def size(self) -> int:
@@ -74,7 +75,8 @@ class Schedule:
         epoch, update = divmod(update, self.updates_per_epoch)
         first = update * self.size + (part * self.world_size + self.rank) * self.micro
         order = _order(self.seed, epoch, self.count)
-        return [SampleKey(self.seed, epoch, int(index)) for index in order[first : first + self.micro]]
+        view = epoch % self.views if self.views else None
+        return [SampleKey(self.seed, epoch, int(index), view) for index in order[first : first + self.micro]]
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Source:
     paths: list[str]
     kind: Kind
     quarantine: frozenset[str] = frozenset()  # paths set aside before the run
+    untaught: dict[tuple[int, int], str] = field(default_factory=dict)  # (index, view) without stored targets -> why
     _verdicts: dict[str, Any] = field(default_factory=dict)  # path -> facts, or why `check` refused it
 
     def sample(self, key: SampleKey, suspects: frozenset[str] = frozenset()) -> Sample:
@@ -116,6 +119,8 @@ class Source:
 
     def _load(self, key: SampleKey, by_dali: bool) -> Inputs:
         path = self.paths[key.index]
+        if (key.index, key.view) in self.untaught:
+            raise media.BadFile(self.untaught[key.index, key.view])
         verdict = self._verdicts.get(path)
         if isinstance(verdict, str):
             raise media.BadFile(verdict)
@@ -136,7 +141,7 @@ def _candidates(key: SampleKey, count: int) -> Iterator[SampleKey]:
     """`key`, then what stands in for it, in order."""
     yield key
     for attempt in range(1, MAX_REPLACEMENTS + 1):
-        yield SampleKey(key.seed, key.epoch, sampling.replacement(key, attempt, count))
+        yield replace(key, index=sampling.replacement(key, attempt, count))
 
 
 class Readers:

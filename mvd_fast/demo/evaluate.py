@@ -39,7 +39,7 @@ def evaluate(student: RunConfig, video_teacher: RunConfig, out: Path, console: C
         task = bar.add_task("features and probes", total=len(splits) + len(networks) + 1)
         for split, clips in splits.items():
             features[split] = clip_features(networks, student, clips, torch.device("cpu"))
-            labels[split] = _labels(clips, features[split])
+            labels[split] = clip_labels(clips, features[split])
             bar.advance(task)
         probes: dict[str, Any] = {"chance": CHANCE, "n_test": len(features["test"].index)}
         confusion = {}
@@ -68,7 +68,8 @@ def _networks(config: RunConfig, out: Path) -> dict[str, Network]:
     }
 
 
-def _labels(clips: str, features: ClipFeatures) -> dict[str, np.ndarray]:
+def clip_labels(clips: str, features: ClipFeatures) -> dict[str, np.ndarray]:
+    """int [S] for each of LABELS, in the order of the features."""
     label = np.array([entry.label for entry in read_dataset(clips)])[features.index]
     return dict(zip(LABELS, digit_and_motion(label), strict=True))
 

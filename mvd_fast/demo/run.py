@@ -46,6 +46,9 @@ class Size:
 QUICK = {"optim.warmup_epochs": 1, "log.every": 10}
 SIZES = {
     "full": Size(4000, 1000, {name: {} for name in RUNS}),
+    "medium": Size(
+        1280, 320, {name: {**QUICK, "optim.epochs": epochs} for name, epochs in zip(RUNS, (24, 12, 8), strict=True)}
+    ),
     "quick": Size(
         640, 160, {name: {**QUICK, "optim.epochs": epochs} for name, epochs in zip(RUNS, (12, 3, 3), strict=True)}
     ),

@@ -19,14 +19,14 @@ class DistillationObjective(nn.Module):
 
     SmoothL1 with beta 1, mean over masked tokens and channels, in float32. Teachers stay frozen and in eval mode.
     `normalize_targets`: LayerNorm without affine (eps 1e-6) per token on the teachers' features first; off in every
-    released recipe. A teacher whose weight is 0 is not run.
+    released recipe. A teacher whose weight is 0 is not run. Without teachers (both None) batches bring stored targets.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        image_teacher: nn.Module,
-        video_teacher: nn.Module,
+        image_teacher: nn.Module | None,
+        video_teacher: nn.Module | None,
         image_weight: float = 1.0,
         video_weight: float = 1.0,
         normalize_targets: bool = False,
@@ -34,8 +34,8 @@ class DistillationObjective(nn.Module):
         super().__init__()
         self.model = student
         self.grid, self.tubelet_size = student.grid, student.tubelet_size
-        self.image_teacher = image_teacher.eval().requires_grad_(False)
-        self.video_teacher = video_teacher.eval().requires_grad_(False)
+        self.image_teacher = image_teacher and image_teacher.eval().requires_grad_(False)
+        self.video_teacher = video_teacher and video_teacher.eval().requires_grad_(False)
         self.image_weight, self.video_weight = image_weight, video_weight
         self.normalize_targets = normalize_targets
         self.num_visible: int | None = None  # set by build(): spares a device synchronisation per step
@@ -48,13 +48,17 @@ class DistillationObjective(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: `video` float [B, 3, T, H, W] (normalised), `mask` bool [B, N] or [B, masks, N], True = masked.
+        """batch: `video` float [B, 3, T, H, W] (normalised), `mask` bool [B, N] or [B, masks, N], True = masked; with
+        stored targets `target_image` and `target_video` [B, N, C].
 
         Returns scalars `loss`, `loss_image`, `loss_video` (the parts unweighted).
         """
         video, mask = batch["video"], batch["mask"]
-        with torch.inference_mode():
-            targets = self.targets(video)
+        if self.image_teacher is None:
+            targets = batch.get("target_image"), batch.get("target_video")
+        else:
+            with torch.inference_mode():
+                targets = self.targets(video)
         losses = self.model(video, mask, self.num_visible, targets, self.normalize_targets, self.num_predicted)
         loss_image, loss_video = (video.new_zeros((), dtype=torch.float32) if part is None else part for part in losses)
         loss = self.image_weight * loss_image + self.video_weight * loss_video
@@ -75,22 +79,29 @@ class DistillationObjective(nn.Module):
         return self.image_teacher(frames).unflatten(0, (len(video), -1)).flatten(1, 2)
 
     def flops(self) -> float:
-        """FLOP of one clip's training step: both teachers forward, the student forward and backward for each mask."""
+        """FLOP of one clip's training step: the teachers forward (unless stored), the student forward and backward for
+        each mask."""
         assert self.num_visible is not None, "set by build()"
         student = getattr(self.model, "module", self.model)
-        teachers = self.grid[0] * self.image_teacher.flops() * bool(self.image_weight)
-        teachers += self.video_teacher.flops() * bool(self.video_weight)
+        teachers = 0.0
+        if self.image_teacher is not None:
+            teachers += self.grid[0] * self.image_teacher.flops() * bool(self.image_weight)
+            teachers += self.video_teacher.flops() * bool(self.video_weight)
         per_mask = FORWARD_AND_BACKWARD * student.flops(self.num_visible, self.num_predicted)
         return teachers + self.masks_per_clip * per_mask
 
 
 def build(config: RunConfig) -> DistillationObjective:
-    """The student of the run, fresh, and its teachers, loaded from their checkpoints."""
+    """The student of the run, fresh, and its teachers, loaded from their checkpoints unless targets are stored."""
     assert config.teachers.image is not None and config.teachers.video is not None, "checked when the config is loaded"
+    image, video = (
+        None if config.teachers.cache.path else build_teacher(teacher, config.model, config.precision)
+        for teacher in (config.teachers.image, config.teachers.video)
+    )
     objective = DistillationObjective(
         build_model(config.model, config.teachers),
-        build_teacher(config.teachers.image, config.model, config.precision),
-        build_teacher(config.teachers.video, config.model, config.precision),
+        image,
+        video,
         image_weight=config.objective.image_weight,
         video_weight=config.objective.video_weight,
         normalize_targets=config.objective.normalize_targets,

@@ -1,0 +1,223 @@
+"""`mvd-fast teachers cache`: run the teachers once over every view of every clip and store what they say."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mvd_fast.config import CacheConfig, RunConfig
+from mvd_fast.config_file import ConfigError, load_config, missing_files
+from mvd_fast.data.loader import Loader, build_source
+from mvd_fast.data.sampling import SampleKey
+from mvd_fast.objectives import build_objective
+from mvd_fast.targets.store import (
+    Layout,
+    ShardWriter,
+    StoreError,
+    TargetStore,
+    layout,
+    prepare,
+    quantize,
+    roles,
+    shard_path,
+)
+
+DEFAULT_BATCH = 16
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Builds, goes on with, or verifies the store of a config; 0 when this process's part is complete."""
+    arguments = _parser().parse_args(argv)
+    config = load_config(arguments.config, arguments.set)
+    if not config.teachers.cache.path:
+        raise ConfigError("teachers.cache.path is empty; name the store's folder: --set teachers.cache.path=FOLDER")
+    if missing := missing_files(config):
+        raise ConfigError("\n".join(missing))
+    device = _device()
+    batch = arguments.batch or config.batch.micro or DEFAULT_BATCH
+    if arguments.verify:
+        source, _ = build_source(config, device, batch)
+        print(f"{TargetStore(config, source.paths).verify()} rows of {config.teachers.cache.path} are as written")
+        return 0
+    Builder(config, device, batch, arguments.rows_per_shard, *_share(arguments.shard)).run()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mvd-fast teachers cache",
+        description="Run the teachers once over teachers.cache.views views of every clip and store their features in "
+        "teachers.cache.path. Goes on where an earlier call stopped. Ranks of a launcher share the work.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON file or name of a recipe, such as vitl")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one value")
+    parser.add_argument("--shard", metavar="I/N", help="this process is number I (from 0) of N that share the work")
+    parser.add_argument("--batch", type=_positive, metavar="B", help="clips at a time; default: batch.micro, or 16")
+    parser.add_argument("--rows-per-shard", type=_positive, metavar="R", help="default: as many as fill 256 MiB")
+    parser.add_argument("--verify", action="store_true", help="read a complete store against its checksums instead")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _share(option: str | None) -> tuple[int, int]:
+    """(number, of how many): from `--shard`, else the launcher's rank."""
+    if option is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    found = re.fullmatch(r"(\d+)/(\d+)", option)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ConfigError(f"--shard: got {option!r}; it must be I/N with I from 0 to N - 1, such as 0/4")
+    return int(found[1]), int(found[2])
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+@dataclass(frozen=True)
+class ViewSchedule:
+    """Every view of every clip, shard by shard. A shard's last batch repeats its last row up to `micro` samples.
+
+    So a shard's batches, and with them every bit of its features, depend on nothing outside the shard.
+    """
+
+    seed: int
+    layout: Layout
+    shards: list[int]  # ascending
+    micro: int
+    accumulation: int = 1
+
+    def rows(self, step: int) -> list[int]:
+        """Rows of batch `step`; past the end the last one again."""
+        steps = -(-self.layout.rows_per_shard // self.micro)
+        number, part = divmod(step, steps)
+        held = self.layout.rows_of(self.shards[min(number, len(self.shards) - 1)])
+        return [min(held.start + part * self.micro + i, held[-1]) for i in range(self.micro)]
+
+    def keys(self, step: int) -> list[SampleKey]:
+        return [self.layout.key(row, self.seed) for row in self.rows(step)]
+
+
+class Builder:
+    """One process's part of a store: shards `number`, `number + of`, ... that are not there yet."""
+
+    def __init__(
+        self, config: RunConfig, device: torch.device, batch: int, rows_per_shard: int | None, number: int, of: int
+    ) -> None:
+        self.config, self.device, self.batch = config, device, batch
+        self.folder = Path(config.teachers.cache.path)
+        self.source, self.spec = build_source(config, device, batch)
+        self.lead, self.console = number == 0, Console()
+        self._require_space(rows_per_shard)
+        self.layout = prepare(config, self.source.paths, rows_per_shard)
+        mine = range(number, self.layout.shards, of)
+        self.missing = [shard for shard in mine if not shard_path(self.folder, shard).exists()]
+
+    def _require_space(self, rows_per_shard: int | None) -> None:
+        """Says what the store will take, before anything is written, and refuses where the disk is too small."""
+        shapes = layout(self.config, len(self.source.paths), rows_per_shard)
+        there = sum(path.stat().st_size for path in self.folder.glob("shard-*.safetensors"))
+        home = next(parent for parent in (self.folder.absolute(), *self.folder.absolute().parents) if parent.exists())
+        free, needed = shutil.disk_usage(home).free, max(0, shapes.bytes - there)
+        if self.lead:
+            widths = " + ".join(str(channels) for channels in shapes.channels.values())
+            self.console.print(
+                f"{shapes.clips} clips x {shapes.views} views x {shapes.tokens} tokens x ({widths}) channels: "
+                f"{_size(shapes.bytes)} in {self.folder}, {_size(there)} of them there; {_size(free)} free",
+                soft_wrap=True,
+                highlight=False,
+            )
+        if needed > free:
+            raise StoreError(
+                f"teachers.cache.path: {self.folder} needs {_size(needed)} more, and its disk has {_size(free)} free; "
+                "name a folder on a larger disk, lower teachers.cache.views or shorten the list"
+            )
+
+    def run(self) -> None:
+        if not self.missing:
+            return
+        objective = build_objective(without_cache(self.config)).eval().to(self.device)
+        schedule = ViewSchedule(self.config.seed, self.layout, self.missing, self.batch)
+        loader = Loader(self.source, schedule, self.spec, self.config.data)
+        rows = sum(len(self.layout.rows_of(shard)) for shard in self.missing)
+        columns = (TextColumn("teachers cache"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        try:
+            with Progress(*columns, console=self.console, disable=not self.lead) as progress:
+                task = progress.add_task("", total=rows)
+                for done in self._shards(objective, loader, schedule):
+                    progress.advance(task, done)
+        finally:
+            loader.close()
+
+    def _shards(self, objective: torch.nn.Module, loader: Loader, schedule: ViewSchedule) -> Iterator[int]:
+        """Writes shard after shard; yields the number of rows after each batch."""
+        batches, step = loader.batches(0), 0
+        for shard in self.missing:
+            held, writer = self.layout.rows_of(shard), ShardWriter(self.folder, self.layout, shard)
+            for batch in islice(batches, -(-len(held) // self.batch)):
+                rows = list(dict.fromkeys(schedule.rows(step)))  # without the padding
+                self._store(writer, objective, loader, batch, [row - held.start for row in rows], schedule.keys(step))
+                step += 1
+                yield len(rows)
+            writer.finish()
+
+    def _store(
+        self,
+        writer: ShardWriter,
+        objective: torch.nn.Module,
+        loader: Loader,
+        batch: dict[str, torch.Tensor],
+        rows: list[int],
+        keys: list[SampleKey],
+    ) -> None:
+        """The features of one batch. A clip that another was shown for has none: its row is marked as bad."""
+        with torch.inference_mode():
+            targets = dict(zip(("image", "video"), objective.targets(batch["video"]), strict=True))
+        shown = batch["index"].tolist()
+        for row, key, index in zip(rows, keys, shown, strict=False):
+            if index != key.index:
+                path = loader.paths[key.index]
+                writer.bad[str(row)] = loader.bad_files.get(path, "was set aside when the targets were stored")
+        for role in roles(self.config):
+            features = targets[role][: len(rows)]
+            if not features.isfinite().all():
+                names = ", ".join(loader.names(batch["index"])[:4])
+                raise StoreError(
+                    f"teachers.{role}: its features of some of {names}, ... are not finite; nothing to store"
+                )
+            values, scale = (part.cpu() for part in quantize(features))
+            for place, (row, key) in enumerate(zip(rows, keys, strict=False)):
+                if shown[place] == key.index:
+                    writer.put(row, role, values[place], scale[place])
+
+
+def without_cache(config: RunConfig) -> RunConfig:
+    """The same run with its teachers in every step."""
+    teachers = config.teachers.model_copy(update={"cache": CacheConfig()})
+    return config.model_copy(update={"teachers": teachers})
+
+
+def _size(count: int) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count / 1e3:.4g} kB"
