@@ -1,6 +1,6 @@
-"""What the recipes that need less work cost and save on the demo's task: `python benchmarks/recipes.py runs/medium`.
+"""Costs and savings of the recipes that need less work, on the demo's task: `python benchmarks/recipes.py FOLDER`.
 
-Takes the clips and teachers of a finished `mvd-fast demo --size medium --out runs/medium` and trains a student with each
+FOLDER is that of a finished `mvd-fast demo --size medium`; its clips and teachers are used. Trains a student with each
 recipe and three seeds, all with the same number of updates of the same number of student samples. Writes
 recipes.json, recipes.md and recipes.png: linear probes of the student (centre clips, test list), the final training
 loss, and the seconds of training, without starting up. What is there already is not trained again.

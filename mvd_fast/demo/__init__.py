@@ -6,15 +6,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-DEFAULT_OUT = {"full": "runs/demo", "quick": "runs/demo-quick"}
+DEFAULT_OUT = {"full": "runs/demo", "medium": "runs/demo-medium", "quick": "runs/demo-quick"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; what an earlier call finished is skipped, what it left half done is resumed."""
     parser = argparse.ArgumentParser("mvd-fast demo", description=__doc__)
-    parser.add_argument("--size", choices=tuple(DEFAULT_OUT), default="full", help="quick: a few minutes, for CI")
+    parser.add_argument("--size", choices=tuple(DEFAULT_OUT), default="full", help="quick: a few minutes")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where everything goes (runs/demo; quick: runs/demo-quick)"
+        "--out", type=Path, metavar="FOLDER", help="where everything goes (default: runs/demo, runs/demo-<size>)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the clips and all three trainings (%(default)s)")
     args = parser.parse_args(argv)
