@@ -23,6 +23,7 @@ from .data import build_loader
 from .files import SUMMARY, WEIGHTS, write_text
 from .objectives import build_objective
 from .optim import build_optimizer, learning_rate, set_lr
+from .targets.store import open_targets
 from .teachers import DTYPES
 from .telemetry import LossWindow, PhaseTimer, ProgressLine, RunLog, measure_peak
 
@@ -46,7 +47,10 @@ class Trainer:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         self.device = torch.device(accelerator.current_device_name())
         start = self._find_start(resume)
-        self.loader = build_loader(config, self.rank, self.world_size, self.device, self.micro, self.accumulation)
+        targets = open_targets(config, self.device)
+        self.loader = build_loader(
+            config, self.rank, self.world_size, self.device, self.micro, self.accumulation, targets
+        )
         self.per_epoch = self.loader.updates_per_epoch
         self.total = config.optim.epochs * self.per_epoch
         self._build_engine()

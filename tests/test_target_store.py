@@ -22,7 +22,7 @@ from mvd_fast.config_file import ConfigError, load_config
 from mvd_fast.data.loader import build_loader
 from mvd_fast.objectives import build_objective
 from mvd_fast.targets import build
-from mvd_fast.targets.store import StoreError, TargetStore, dequantize, layout, quantize
+from mvd_fast.targets.store import StoreError, TargetStore, dequantize, layout, open_targets, quantize
 
 CPU = torch.device("cpu")
 CLIPS, VIEWS, BATCH = 20, 2, 4
@@ -74,7 +74,8 @@ def open_store(config_file: Path, *overrides: str) -> TargetStore:
 
 
 def batches(config_file: Path, epochs: int, *overrides: str) -> list[dict[str, torch.Tensor]]:
-    loader = build_loader(load_config(str(config_file), overrides), 0, 1, CPU, BATCH, 1)
+    config = load_config(str(config_file), overrides)
+    loader = build_loader(config, 0, 1, CPU, BATCH, 1, open_targets(config, CPU))
     try:
         found = loader.batches(0)
         return [next(found) for _ in range(epochs * STEPS_OF_EPOCH)]

@@ -9,8 +9,8 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +22,22 @@ from mvd_fast.data.pipeline import PIPELINE_DEPTH, PipelineSpec, build_pipeline,
 from mvd_fast.data.quarantine import quarantine_path, read_quarantine
 from mvd_fast.data.sampling import SampleKey
 from mvd_fast.data.source import Choice, Readers, Sample, Schedule, Source
-from mvd_fast.targets.store import TargetStore
-from mvd_fast.teachers import DTYPES
 
 logger = logging.getLogger(__name__)
 
 ReadTargets = Callable[[list[SampleKey]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is stored for every clip and view, and joins the batches."""
+
+    views: int
+    bad: Mapping[tuple[int, int], str]  # (position in the list, view) that has nothing stored -> why
+    read: ReadTargets
+
+
+OpenTargets = Callable[[list[str]], Targets]  # from the list's paths
 
 JUDGED_FROM = 1000  # files seen before a share of bad ones says something about a long list
 LOOK_FOR_MISSING = 20  # files looked for when the loader is built
@@ -38,27 +48,33 @@ class TooManyBadFiles(ValueError):
 
 
 def build_loader(
-    config: RunConfig, rank: int, world_size: int, device: torch.device, micro: int, accumulation: int
+    config: RunConfig,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    micro: int,
+    accumulation: int,
+    open_targets: OpenTargets | None = None,
 ) -> Loader:
     """The loader of one rank; `micro` counts samples: clips x data.masks_per_clip.
 
+    With `open_targets` (mvd_fast.targets.store), epochs show the views that have stored targets, and these join them.
     Raises ValueError sentences for lists that are missing, empty or too short.
     """
     clips = micro // config.data.masks_per_clip
     source, spec = build_source(config, device, clips)
-    views = config.teachers.cache.views if config.teachers.cache.path else None
+    targets = open_targets(source.paths) if open_targets else None
+    views = targets.views if targets else None
     schedule = Schedule(config.seed, len(source.paths), clips, accumulation, rank, world_size, views)
     if schedule.updates_per_epoch == 0:
         raise ValueError(
             f"{config.data.train} lists {len(source.paths)} files, less than one update of {schedule.size} clips; "
             "list more files or lower batch.size"
         )
-    if views is None:
+    if targets is None:
         return Loader(source, schedule, spec, config.data)
-    store = TargetStore(config, source.paths)
-    source.untaught.update(store.bad)
-    read = partial(store.read, device=device, dtype=DTYPES[config.precision])
-    return Loader(source, schedule, spec, config.data, read)
+    source.untaught.update(targets.bad)
+    return Loader(source, schedule, spec, config.data, targets.read)
 
 
 def build_source(config: RunConfig, device: torch.device, clips: int) -> tuple[Source, PipelineSpec]:

@@ -94,12 +94,13 @@ class DistillationObjective(nn.Module):
 def build(config: RunConfig) -> DistillationObjective:
     """The student of the run, fresh, and its teachers, loaded from their checkpoints unless targets are stored."""
     assert config.teachers.image is not None and config.teachers.video is not None, "checked when the config is loaded"
+    student = build_model(config.model, config.teachers)  # first: its random weights depend on the seed alone
     image, video = (
         None if config.teachers.cache.path else build_teacher(teacher, config.model, config.precision)
         for teacher in (config.teachers.image, config.teachers.video)
     )
     objective = DistillationObjective(
-        build_model(config.model, config.teachers),
+        student,
         image,
         video,
         image_weight=config.objective.image_weight,

@@ -19,6 +19,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from mvd_fast.config import RunConfig, TeacherConfig
+from mvd_fast.data.loader import OpenTargets, Targets
 from mvd_fast.data.sampling import SampleKey
 from mvd_fast.files import write_text, written_aside
+from mvd_fast.teachers import DTYPES
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -329,6 +332,20 @@ class TargetStore:
             for role in self.layout.channels:
                 self._row(role, row)
         return self.layout.rows
+
+
+def open_targets(config: RunConfig, device: torch.device) -> OpenTargets | None:
+    """For `build_loader`: opens the run's store; None where teachers run in every step."""
+    if not config.teachers.cache.path:
+        return None
+
+    def open_store(paths: list[str]) -> Targets:
+        store = TargetStore(config, paths)
+        return Targets(
+            store.layout.views, store.bad, partial(store.read, device=device, dtype=DTYPES[config.precision])
+        )
+
+    return open_store
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
