@@ -33,7 +33,12 @@ SKIP_HINT = "or set MVD_FAST_NO_NATIVE=1 to install the operators as plain PyTor
 def main() -> None:
     native = {} if os.environ.get("MVD_FAST_NO_NATIVE") == "1" else native_build()
     setup(
-        packages=[*find_packages(include=["mvd_fast", "mvd_fast.*"]), "mvd_fast.configs", "mvd_kernels"],
+        packages=[
+            *find_packages(include=["mvd_fast", "mvd_fast.*"]),
+            "mvd_fast.configs",
+            "mvd_kernels",
+            "mvd_kernels.patch",
+        ],
         # A top-level package called `kernels` would shadow the one of that name on PyPI.
         package_dir={"mvd_kernels": "kernels/mvd_kernels", "mvd_fast.configs": "configs"},
         package_data={"mvd_fast": ["**/*.html", "**/*.css", "**/*.js"], "mvd_fast.configs": ["**/*.json"]},

@@ -56,3 +56,11 @@ def test_examples_of_the_operators() -> None:
     with torch.no_grad():
         expected = linear_8bit(names["x"], quantize_weight(fc1.weight), fc1.bias, "gelu")
     assert torch.equal(names["hidden"], expected)
+
+
+def test_the_example_of_patching_a_model() -> None:
+    section = README.split("## Speed up your own ViT")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names = {"images": torch.randn(1, 3, 224, 224)}
+    exec(block, names)
+    assert names["loss"].isfinite()

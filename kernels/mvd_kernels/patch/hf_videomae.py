@@ -1,0 +1,139 @@
+"""transformers' VideoMAE: VideoMAEModel, VideoMAEForVideoClassification and VideoMAEForPreTraining."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mvd_kernels.attention import attention
+from mvd_kernels.embed_visible_tubes import embed_visible_tubes
+from mvd_kernels.patch._core import (
+    PatchError,
+    Report,
+    add_norm,
+    dropout_note,
+    has_hooks,
+    original,
+    swap,
+    unexpected,
+    unfit_head,
+    unfit_norm,
+    wave,
+)
+from mvd_kernels.patch._visible import unfit_tubes, visible_tokens
+
+_LAYER = {"attention", "intermediate", "output", "layernorm_before", "layernorm_after"}
+_ATTENTION = {"query", "key", "value"}
+
+
+class VideoMAESelfAttention(nn.Module):
+    """Softmax attention of transformers' module of this name."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, N, C] -> [B, N, C], None.
+
+        The original runs where dropout is active, or where the attention weights may be asked for, which only the
+        "eager" implementation returns: transformers then reads them with a hook on this module.
+        """
+        dropout = self.training and self.dropout_prob > 0
+        if dropout or (self.config._attn_implementation == "eager" and self._forward_hooks):
+            return original(VideoMAESelfAttention, self)(hidden_states)
+        heads = (self.num_attention_heads, self.attention_head_size)
+        q, k, v = (one(hidden_states).unflatten(-1, heads) for one in (self.query, self.key, self.value))
+        return attention(q, k, v, self.scaling).flatten(2), None
+
+
+class VideoMAELayer(nn.Module):
+    """Pre-norm block whose first addition and second LayerNorm are one operator."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
+        """hidden_states [B, N, C] -> [B, N, C]."""
+        branch = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        hidden_states, normed = add_norm(hidden_states, branch, self.layernorm_after)
+        return self.output(self.intermediate(normed), hidden_states)
+
+
+class VideoMAEEmbeddings(nn.Module):
+    """Embeds the visible tubes of a clip alone."""
+
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None) -> Tensor:
+        """pixel_values [B, T, 3, H, W], mask bool [B, N] (True: hidden) or None: embed all -> [B, Nv, C].
+
+        Clips of other sizes go to the original, which says what it takes.
+        """
+        patches, pos = self.patch_embeddings, self.position_embeddings
+        visible = None if bool_masked_pos is None else visible_tokens(bool_masked_pos, pixel_values, pos.shape[1])
+        watched = has_hooks(patches) or has_hooks(patches.projection)
+        if visible is None or watched or _other_size(pixel_values, patches, pos):
+            return original(VideoMAEEmbeddings, self)(pixel_values, bool_masked_pos)
+        weight, bias = patches.projection.weight, patches.projection.bias
+        return embed_visible_tubes(pixel_values.transpose(1, 2), weight, bias, pos.detach().to(weight.device), visible)
+
+
+def _other_size(pixel_values: Tensor, patches: nn.Module, pos: Tensor) -> bool:
+    _, frames, channels, *size = pixel_values.shape
+    tokens = torch.Size(
+        one // tube for one, tube in zip((frames, *size), patches.projection.kernel_size, strict=True)
+    ).numel()
+    return channels != 3 or tuple(size) != tuple(patches.image_size) or tokens != pos.shape[1]
+
+
+def patch_hf_videomae(model: nn.Module) -> Report:
+    """Run attention, the first addition + LayerNorm of every layer and the masked embedding on fused operators.
+
+    Args:
+        model: one of transformers' VideoMAE classes, or a network around them, changed in place: same parameters, same
+            state dict; call it before wrapping the model (DDP, FSDP) or compiling it.
+
+    Returns:
+        What was swapped, and what was left and why. `unpatch(model)` undoes it.
+
+    Raises:
+        PatchError: if the model has no layers of VideoMAE's form.
+    """
+    layers = [(name, one) for name, one in model.named_modules() if {n for n, _ in one.named_children()} == _LAYER]
+    layers = [(name, one) for name, one in layers if hasattr(one.attention, "attention")]
+    if not layers:
+        raise PatchError(
+            f"{type(model).__name__} has no layers with attention.attention, layernorm_before and layernorm_after, as "
+            f"transformers' VideoMAE has. Nothing was changed."
+        )
+    report = Report(type(model).__name__)
+    for name, module in model.named_modules():
+        if hasattr(module, "patch_embeddings") and hasattr(module, "position_embeddings"):
+            report.add(name, "embedding", _patch_embeddings(module), "the original runs where no mask is given")
+    for name, layer in layers:
+        _patch_attention(report, f"{name}.attention.attention", layer.attention.attention)
+        reason = unfit_norm(layer.layernorm_after)
+        if reason is None:
+            weight = layer.layernorm_after.weight
+            reason = swap(layer, VideoMAELayer, probe=(wave(1, 3, *weight.shape, like=weight),))
+        report.add(name, "add + LayerNorm", reason)
+    if isinstance(getattr(model, "encoder_to_decoder", None), nn.Linear):
+        reason = "it is inside the model's forward; scatter_mask_tokens does it in a loop of your own"
+        report.add("encoder_to_decoder", "mask tokens", reason)
+        report.add("decoder.head", "head + loss", "the loss is of squares, which linear_smooth_l1 is not")
+    return report
+
+
+def _patch_attention(report: Report, name: str, attn: nn.Module) -> None:
+    reason, note = unexpected(attn, _ATTENTION), ""
+    if reason is None:
+        note = dropout_note(attn.dropout_prob)
+        probe = wave(1, 3, attn.query.in_features, like=attn.query.weight)
+        reason = unfit_head(attn.attention_head_size) or swap(attn, VideoMAESelfAttention, probe=(probe,))
+    report.add(name, "attention", reason, note)
+
+
+def _patch_embeddings(embeddings: nn.Module) -> str | None:
+    patches, pos = embeddings.patch_embeddings, embeddings.position_embeddings
+    proj = getattr(patches, "projection", None)
+    if reason := unfit_tubes(proj):
+        return reason
+    height, width = patches.image_size
+    tube, side, _ = proj.kernel_size
+    frames = pos.shape[1] * side**2 // (height * width) * tube
+    clip = wave(1, frames, 3, height, width, like=proj.weight)
+    mask = torch.ones(1, pos.shape[1], dtype=torch.bool, device=clip.device)
+    mask[:, :: max(pos.shape[1] - 1, 1)] = False
+    return swap(embeddings, VideoMAEEmbeddings, probe=(clip, mask))
