@@ -34,7 +34,7 @@ class RefAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = self.qkv.bias
         if bias is None:
-            bias = torch.cat([self.q_bias, torch.zeros(WIDTH).to(x.device), self.v_bias])
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         q, k, v = F.linear(x, self.qkv.weight, bias).view(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         weights = self.attn_drop((q * self.scale @ k.mT).softmax(-1))
         return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
