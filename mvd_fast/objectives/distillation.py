@@ -94,7 +94,7 @@ class DistillationObjective(nn.Module):
 def build(config: RunConfig) -> DistillationObjective:
     """The student of the run, fresh, and its teachers, loaded from their checkpoints unless targets are stored."""
     assert config.teachers.image is not None and config.teachers.video is not None, "checked when the config is loaded"
-    student = build_model(config.model, config.teachers)  # first: its random weights depend on the seed alone
+    student = build_model(config.model, config.teachers)  # first: its weights are drawn, with or without teachers
     image, video = (
         None if config.teachers.cache.path else build_teacher(teacher, config.model, config.precision)
         for teacher in (config.teachers.image, config.teachers.video)

@@ -99,7 +99,7 @@ def patch_reference_vit(model: nn.Module) -> Report:
     Raises:
         PatchError: if the model has no blocks with norm1, attn, norm2, mlp and drop_path.
     """
-    blocks = [(name, one) for name, one in model.named_modules() if _BLOCK <= {n for n, _ in one.named_children()}]
+    blocks = [(name, one) for name, one in model.named_modules() if {n for n, _ in one.named_children()} >= _BLOCK]
     if not blocks:
         raise PatchError(
             f"{type(model).__name__} has no blocks with norm1, attn, drop_path, norm2 and mlp, as MVD, VideoMAE and "
