@@ -320,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(args.config, args.set)
     names = list(RECIPES) if args.recipes == "all" else args.recipes.split(",")
     if unknown := [name for name in names if name not in RECIPES]:
-        raise ValueError(f"--recipes: {unknown[0]!r} is unknown; there are: all, {', '.join(RECIPES)}")
+        parser.error(f"--recipes: {unknown[0]!r} is unknown; there are: all, {', '.join(RECIPES)}")
     start_distributed()
     precisions = dict.fromkeys([config.precision, *(["fp32"] if args.fp32 else [])])
     sides = [yardstick_side(config, args.batch, precision) for precision in precisions]

@@ -1,0 +1,61 @@
+"""`mvd-fast bench step` at the demo's size: its figures belong together, and it refuses what it does not know."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny_runs
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mvd_fast.cli", "bench", "step", *arguments]
+    return subprocess.run(command, env=tiny_runs.environment(), capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A run of all recipes; the student in fp32, as the demo's is, so that losses are comparable."""
+    file = tmp_path_factory.mktemp("bench") / "step.json"
+    result = bench("--config", "demo/student", "--batch", "2", "--rounds", "2", "--recipes", "all", "--json", str(file))
+    assert result.returncode == 0, result.stderr
+    assert "seconds by phase" in result.stdout
+    return json.loads(file.read_text())
+
+
+def side(found: dict, name: str) -> dict:
+    return next(side for side in found["sides"] if side["side"] == name)
+
+
+def test_the_exact_engine_has_the_yardsticks_losses(found: dict) -> None:
+    for name in ("engine exact", "engine stored"):
+        assert side(found, name)["losses"] == pytest.approx(side(found, "yardstick fp32")["losses"], rel=1e-5)
+
+
+def test_recipes_do_what_they_say(found: dict) -> None:
+    assert side(found, "engine masks4")["samples"] == 8
+    exact = side(found, "engine exact")
+    for name in ("engine int8", "engine masks4", "engine half"):
+        other = side(found, name)
+        assert other["losses"] != exact["losses"]  # another arithmetic, other masks, other tokens
+        assert other["losses"][0] == pytest.approx(exact["losses"][0], rel=0.05)
+    assert "image teacher" in exact["seconds"] and "image teacher" not in side(found, "engine stored")["seconds"]
+
+
+def test_phases_add_up(found: dict) -> None:
+    """To the whole but for Python between them; ratios are per sample."""
+    for one in found["sides"]:
+        seconds = dict(one["seconds"])
+        total = seconds.pop("total")
+        assert all(value >= 0 for value in seconds.values())
+        assert 0.5 * total < sum(seconds.values()) < 1.2 * total
+        assert one["ratios"].keys() == {"yardstick fp32"}
+    assert side(found, "yardstick fp32")["ratios"]["yardstick fp32"] == 1.0
+
+
+def test_unknown_recipe_is_named() -> None:
+    result = bench("--recipes", "exact,int9")
+    assert result.returncode == 2
+    assert "--recipes: 'int9' is unknown; there are: all, exact, int8" in result.stderr
