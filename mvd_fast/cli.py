@@ -78,6 +78,18 @@ def _bench_step(argv: Arguments) -> int | None:
     return import_module("step").main(argv)
 
 
+def _probe(argv: Arguments) -> int | None:
+    from mvd_fast.downstream.commands import probe_main
+
+    return probe_main(argv)
+
+
+def _features(argv: Arguments) -> int | None:
+    from mvd_fast.downstream.commands import features_main
+
+    return features_main(argv)
+
+
 def _data(argv: Arguments) -> int | None:
     return _run_nested("data", DATA_COMMANDS, argv)
 
@@ -145,6 +157,8 @@ COMMANDS = {
     "data": Command(_data, "look after data: `data check LIST` scans every file of a list"),
     "teachers": Command(_teachers, "`teachers cache --config FILE` stores the teachers' features, once for all epochs"),
     "convert": Command(_convert, "a checkpoint in the names and files of MVD, VideoMAE, Hugging Face or timm"),
+    "probe": Command(_probe, "classify clips from a checkpoint's frozen features: linear, k-NN, attentive"),
+    "features": Command(_features, "store a checkpoint's features of videos"),
     "config": Command(_config, "`config list` names the recipes, `config show CONFIG` prints a resolved one"),
     "bench": Command(_bench, "`bench step` times the training step against the authors' way of computing it"),
     "doctor": Command(_doctor, "print versions, devices, and which implementation each op uses and why"),

@@ -31,11 +31,11 @@ class PipelineSpec:
 
     kind: Kind
     batch: int  # clips
-    masks: int  # of each clip
     grid: tuple[int, int, int]
     mask_ratio: float
     threads: int
     device: torch.device
+    masks: int = 1  # of each clip
 
     @property
     def dali_device(self) -> str:

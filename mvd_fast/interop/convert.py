@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from . import layouts
 
 if TYPE_CHECKING:
-    from .network import Network
+    from .network import Faults, Network
     from .storage import Source
 
 DESCRIPTION = (
@@ -66,18 +66,14 @@ def convert(
     layout cannot hold such a network. With `partial` keys that are missing, unexpected or of another shape, and
     positions that the layout cannot keep, are only listed.
     """
-    from .network import check, recognise, resized
-    from .storage import read_source
+    from .network import resized
     from .weights import WeightsError
 
     target, layout = Path(target), layouts.load(to)
     _check_target(target, layout, force)
-    found = read_source(source)
-    reader, state, facts = _read(found)
-    asked = {"num_heads": heads, "positions": positions}
-    facts = facts | found.facts | {name: value for name, value in asked.items() if value is not None}
-    network, faults = check(recognise(state, facts, str(found.path)))
-    report = [f"read {found.path}: {network.describe()}; {len(state)} tensors with the names of {reader}"]
+    found, reader, network, faults = read_network(source, heads, positions)
+    count = len(network.state) + len(faults.unexpected) + len(faults.reshaped)
+    report = [f"read {found.path}: {network.describe()}; {count} tensors with the names of {reader}"]
     network, line = resized(network, image_size, frames)
     report.append(f"positions: {line}")
     kept = layout.select(network)
@@ -85,10 +81,28 @@ def convert(
     if (problems := faults.lines(most=4) + lost) and not partial:
         raise WeightsError(f"{found.path} does not convert to {to} as a whole ({'; '.join(problems)}): --partial "
                            "converts the rest")  # fmt: skip
-    layout.write(kept, network, replace(found, facts=facts), target)
+    layout.write(kept, network, found, target)
     report += faults.lines() + lost
     report += _remarks(network, kept, layout, to)
     return [*report, f"wrote {target}"]
+
+
+def read_network(
+    source: str | Path, heads: int | None = None, positions: str | None = None
+) -> tuple[Source, str, Network, Faults]:
+    """The source with all facts known of it, the layout of its names, its network, and what does not fit that.
+
+    Raises WeightsError (a ValueError) for a source that is damaged or unknown.
+    """
+    from .network import check, recognise
+    from .storage import read_source
+
+    found = read_source(source)
+    reader, state, facts = _read(found)
+    asked = {"num_heads": heads, "positions": positions}
+    facts = facts | found.facts | {name: value for name, value in asked.items() if value is not None}
+    network, faults = check(recognise(state, facts, str(found.path)))
+    return replace(found, facts=facts), reader, network, faults
 
 
 def _read(found: Source) -> tuple[str, dict, dict]:

@@ -120,7 +120,8 @@ def _facts_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
     facts = {name: model[name] for name in ("num_heads", "image_size", "num_frames") if name in model}
     # Our networks' positions: VideoMAE's are 1-D, all other video networks' are MVD's.
     facts |= {} if model["kind"] == "mae" else {"positions": "1d" if model["kind"] == "videomae" else "3d"}
-    return facts | {name: config["data"][name] for name in ("mean", "std") if name in config.get("data", {})}
+    data = config.get("data", {})
+    return facts | {name: data[name] for name in ("mean", "std", "sampling_rate") if name in data}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

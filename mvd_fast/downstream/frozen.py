@@ -1,0 +1,160 @@
+"""Features of video files from a frozen network: every file once, in order, bad ones named and left out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvd_fast.data import media
+from mvd_fast.data.crops import Crop
+from mvd_fast.data.kinds.video import VideoKind
+from mvd_fast.data.lists import Entry
+from mvd_fast.data.pipeline import PipelineSpec, build_pipeline, outputs_to_torch
+from mvd_fast.data.sampling import SampleKey, center_clip, clip_indices, start_choices
+from mvd_fast.data.source import Choice, Sample
+
+from .backbone import Backbone, Preprocessing
+
+PADDING_SEED = 1  # of the samples that fill up the last batch; all others have seed 0
+
+
+@dataclass(frozen=True)
+class ViewKind(VideoKind):
+    """`views` clips per video at uniform distances from its start to its end; one: the centre. The view's number is the
+    key's epoch."""
+
+    views: int = 1
+
+    def frames(self, facts: media.VideoInfo, key: SampleKey) -> np.ndarray:
+        if self.views == 1:
+            return center_clip(facts.frames, self.num_frames, self.sampling_rate)
+        last = start_choices(facts.frames, self.num_frames, self.sampling_rate) - 1
+        return clip_indices(facts.frames, self.num_frames, self.sampling_rate, key.epoch * last // (self.views - 1))
+
+
+@dataclass
+class FrozenFeatures:
+    """Of the S files that could be read: `entries`; `pooled` float32 [S, C], the mean over the views; `tokens`
+    float16 [S, views * N, C] where asked for. `bad`: path -> why it was left out."""
+
+    entries: list[Entry]
+    pooled: Tensor
+    tokens: Tensor | None
+    bad: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [S]; every entry must have one."""
+        return np.array([entry.label for entry in self.entries], dtype=np.int64)
+
+
+def frozen_features(
+    backbone: Backbone,
+    clips: Preprocessing,
+    entries: Sequence[Entry],
+    device: torch.device,
+    *,
+    views: int = 1,
+    batch: int = 16,
+    threads: int = 2,
+    keep_tokens: bool = False,
+    on_file: Callable[[], None] = lambda: None,
+) -> FrozenFeatures:
+    """Runs `views` centre-cropped clips of every file through the network; `on_file` is called once per file.
+
+    Raises ValueError if not one file can be used, or a feature is not finite.
+    """
+    crop = Crop("center", clips.image_size, (), (1.0, 1.0), 0.0, clips.mean, clips.std)
+    kind = ViewKind(clips.num_frames, clips.sampling_rate, True, crop, frozenset(), views=views)
+    # The pipeline's mask is not used here; a grid of two tokens costs nothing.
+    spec = PipelineSpec(kind, batch, (1, 1, 2), 0.5, threads, device)
+    bad: dict[str, str] = {}
+    pooled: dict[int, list[Tensor]] = {}
+    tokens: dict[int, list[Tensor]] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        samples = _samples(pool, kind, entries, threads, bad, on_file)
+        for video, index in _batches(spec, samples):
+            x = backbone.tokens(video)
+            for number, mean in zip(index, backbone.pool(x).cpu(), strict=True):
+                pooled.setdefault(number, []).append(mean)
+            if keep_tokens:
+                for number, token in zip(index, x.half().cpu(), strict=True):
+                    tokens.setdefault(number, []).append(token)
+    if not pooled:
+        path, reason = next(iter(bad.items()))
+        raise ValueError(f"none of {len(entries)} files can be used, for instance {path} {reason}")
+    found = FrozenFeatures(
+        [entries[number] for number in pooled],
+        torch.stack([torch.stack(parts).mean(0) for parts in pooled.values()]),
+        torch.stack([torch.cat(parts) for parts in tokens.values()]) if keep_tokens else None,
+        bad,
+    )
+    _require_finite(found)
+    return found
+
+
+def _samples(
+    pool: ThreadPoolExecutor,
+    kind: ViewKind,
+    entries: Sequence[Entry],
+    threads: int,
+    bad: dict[str, str],
+    on_file: Callable[[], None],
+) -> Iterator[Sample]:
+    """All views of every usable file, in order; a few files are decoded ahead."""
+
+    def load(number: int) -> list[Sample] | str:
+        try:
+            data = media.read_bytes(entries[number].path)
+            facts = kind.check(data)
+            keys = [SampleKey(0, view, number) for view in range(kind.views)]
+            # Decoded here, not by DALI: what cannot be decoded is then known by name, and colours are the same.
+            return [Sample(Choice(key), kind.load(data, facts, key, by_dali=False)) for key in keys]
+        except media.BadFile as error:
+            return str(error)
+
+    numbers = range(len(entries))
+    for chunk in (numbers[start : start + 2 * threads] for start in numbers[:: 2 * threads]):
+        for number, loaded in zip(chunk, pool.map(load, chunk), strict=True):
+            on_file()
+            if isinstance(loaded, str):
+                bad[entries[number].path] = loaded
+            else:
+                yield from loaded
+
+
+def _batches(spec: PipelineSpec, samples: Iterator[Sample]) -> Iterator[tuple[Tensor, list[int]]]:
+    """(pixels [b, 3, T, H, W], positions of their files) until the samples run out."""
+
+    def read(_: int) -> list[Sample]:
+        taken = list(itertools.islice(samples, spec.batch))
+        if not taken:
+            raise StopIteration
+        last = taken[-1]
+        padding = Sample(Choice(SampleKey(PADDING_SEED, 0, last.choice.key.index)), last.inputs)
+        return taken + [padding] * (spec.batch - len(taken))
+
+    pipeline = build_pipeline(spec, read)
+    while True:
+        try:
+            outputs = outputs_to_torch(pipeline.run(), spec)
+        except StopIteration:
+            return
+        numbers = outputs["numbers"]
+        real = numbers[:, 0] != PADDING_SEED
+        yield outputs["video"][real.to(outputs["video"].device)], numbers[real, 2].tolist()
+
+
+def _require_finite(found: FrozenFeatures) -> None:
+    finite = found.pooled.isfinite().all(1)
+    if found.tokens is not None:
+        finite &= found.tokens.isfinite().all(2).all(1)
+    if not finite.all():
+        some = found.entries[int((~finite).nonzero()[0])].path
+        raise ValueError(f"the features of {some} are not finite; the checkpoint may be damaged, or needs fp32")
