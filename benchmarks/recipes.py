@@ -30,13 +30,14 @@ from mvd_fast.models import build_model
 
 INT8 = ('teachers.image.precision="int8"', 'teachers.video.precision="int8"')
 MASKS = ("data.masks_per_clip=4",)  # a quarter of the epochs, so that the samples are as many
+HALF = ("objective.predict_fraction=0.5",)
 RECIPES: dict[str, tuple[str, ...]] = {
     "exact": (),
     "8-bit teachers": INT8,
     "4 masks per clip": MASKS,
     "stored targets, 2 views": ("teachers.cache.views=2",),
-    "half of the tokens": ("objective.predict_fraction=0.5",),
-    "8-bit, 4 masks, half": (*INT8, *MASKS, "objective.predict_fraction=0.5"),
+    "half of the tokens": HALF,
+    "8-bit, 4 masks, half": (*INT8, *MASKS, *HALF),
 }
 SEEDS = 3
 

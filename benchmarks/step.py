@@ -10,68 +10,60 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import platform
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from compare import gemm_peak, memory_of
+from recipes import HALF, INT8, MASKS
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from yardstick import distillation_losses
 
 from mvd_fast.config import RunConfig, TeacherConfig
 from mvd_fast.config_file import load_config
 from mvd_fast.files import write_text
+from mvd_fast.machine import cpu_name
 from mvd_fast.models import ImageTeacher, VideoTeacher, build_model
-from mvd_fast.objectives.distillation import DistillationObjective
+from mvd_fast.objectives.distillation import DistillationObjective, assemble
 from mvd_fast.optim import build_optimizer
-from mvd_fast.teachers import to_precision
+from mvd_fast.teachers import DTYPES, to_precision
 from mvd_fast.telemetry import PhaseTimer
 from mvd_fast.train import start_distributed
 from mvd_kernels import tube_mask
 
+CPU = torch.device("cpu")
 PHASES = ("image teacher", "video teacher", "student", "decoders", "heads and loss", "backward", "optimiser")
 
 # Of the loss: bf16 rounds features to 2^-9, and the mean over half a million differences is much closer than each.
 TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
 
 
-class Recipe(NamedTuple):
-    """What the engine does differently from the exact step."""
-
-    teachers: str = ""
-    masks: int = 1
-    fraction: float = 1.0
-    stored: bool = False  # targets come from outside, as from a store
-
-
+STORED = ('teachers.cache.path="in memory"',)  # how they are read is not part of the step
 RECIPES = {
-    "exact": Recipe(),
-    "int8": Recipe(teachers="int8"),
-    "masks4": Recipe(masks=4),
-    "int8+masks4": Recipe(teachers="int8", masks=4),
-    "half": Recipe(fraction=0.5),
-    "stored": Recipe(stored=True),
-    "stored+masks4": Recipe(stored=True, masks=4),
-    "int8+masks4+half": Recipe(teachers="int8", masks=4, fraction=0.5),
+    "exact": (),
+    "int8": INT8,
+    "masks4": MASKS,
+    "int8+masks4": (*INT8, *MASKS),
+    "half": HALF,
+    "stored": STORED,
+    "stored+masks4": (*STORED, *MASKS),
+    "int8+masks4+half": (*INT8, *MASKS, *HALF),
 }
 
 
 class Side(NamedTuple):
-    """One way of making a step. `run(phase)` -> loss and its two parts; samples: of the student, made by one call."""
+    """One way of making a step."""
 
     name: str
-    run: Callable[[Any], list[Tensor]]
-    samples: int
+    run: Callable[[], list[Tensor]]  # -> loss and its two parts
+    phases: Callable[[], dict[str, float]]  # seconds of each since the last call
+    samples: int  # of the student, made by one call
     flops: float
 
 
@@ -82,8 +74,7 @@ def make_objective(config: RunConfig) -> DistillationObjective:
         video.image_size, video.patch_size, model.num_frames, model.tubelet_size, *_sizes(video)
     )
     image_teacher = ImageTeacher(image.image_size, image.patch_size, *_sizes(image))
-    objective = DistillationObjective(build_model(model, config.teachers), image_teacher, video_teacher)
-    objective.num_visible = config.num_visible
+    objective = assemble(config, build_model(model, config.teachers), image_teacher, video_teacher)
     for module in objective.modules():  # the same branches on both sides
         if hasattr(module, "drop_path"):
             module.drop_path.rate = 0.0
@@ -105,127 +96,106 @@ def make_batch(config: RunConfig, clips: int, masks: int = 1) -> dict[str, Tenso
 
 
 def yardstick_side(config: RunConfig, clips: int, precision: str) -> Side:
-    objective, batch = make_objective(config), make_batch(config, clips)
+    objective, batch, timer = make_objective(config), make_batch(config, clips), PhaseTimer(CPU)
     optimizer = build_optimizer(objective.model, config.optim)
 
-    def run(phase: Any) -> list[Tensor]:
+    def run() -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            out = distillation_losses(objective, batch, phase)
-        with phase("backward"):
+            out = distillation_losses(objective, batch, timer.phase)
+        with timer.phase("backward"):
             out["loss"].backward()
-        with phase("optimiser"):
+        with timer.phase("optimiser"):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return [part.detach() for part in out.values()]
 
     # The engine's FLOP for the same results; the yardstick does more.
-    return Side(f"yardstick {precision}", run, clips, objective.flops() * clips)
+    return Side(f"yardstick {precision}", run, timer.collect, clips, objective.flops() * clips)
 
 
 def engine_side(config: RunConfig, clips: int, name: str) -> Side:
-    """The engine in the run's precision, with the recipe `name`."""
+    """The engine with a config that has the recipe `name` in it."""
     import deepspeed
 
     from mvd_fast.trainer import deepspeed_config
 
-    recipe = RECIPES[name]
-    objective, batch = make_objective(config), make_batch(config, clips, recipe.masks)
-    objective.masks_per_clip = recipe.masks
-    if recipe.fraction < 1:
-        hidden = math.prod(config.model.grid) - config.num_visible
-        objective.num_predicted = round(recipe.fraction * hidden)
-    for role in ("image_teacher", "video_teacher"):
-        to_precision(getattr(objective, role), recipe.teachers or config.precision)
-    if config.precision == "bf16":
-        batch["video"] = batch["video"].bfloat16()
-    samples = clips * recipe.masks
-    run_config = config.model_copy(update={"batch": config.batch.model_copy(update={"size": samples})})
+    objective, batch = make_objective(config), make_batch(config, clips, config.data.masks_per_clip)
+    batch["video"] = batch["video"].to(DTYPES[config.precision])
+    teachers = {"image_teacher": config.teachers.image, "video_teacher": config.teachers.video}
+    for role, teacher in teachers.items():
+        to_precision(getattr(objective, role), teacher.precision or config.precision)
+    if config.teachers.cache.path:
+        with torch.no_grad():
+            batch["target_image"], batch["target_video"] = objective.targets(batch["video"])
+        objective.image_teacher = objective.video_teacher = None
+    samples, student = clips * config.data.masks_per_clip, objective.model
+    whole = config.model_copy(update={"batch": config.batch.model_copy(update={"size": samples})})
     engine, *_ = deepspeed.initialize(
-        model=objective.model,
-        optimizer=build_optimizer(objective.model, config.optim),
-        config=deepspeed_config(run_config, samples, 1),
+        model=student,
+        optimizer=build_optimizer(student, config.optim),
+        config=deepspeed_config(whole, samples, 1),
     )
-    flops = objective.flops() * clips
-    if recipe.stored:
-        with torch.inference_mode():
-            stored = tuple(features.clone() for features in objective.targets(batch["video"]))
-        objective.targets = lambda _video: stored
-        objective.image_teacher = objective.video_teacher = torch.nn.Identity()
-        flops = samples * 3 * engine.module.flops(config.num_visible, objective.num_predicted)
     objective.model = engine
-    watch = PhaseSink(objective, engine.module)
+    timer = watch(objective, student)
 
-    def run(phase: Any) -> list[Tensor]:
-        torch.manual_seed(0)
-        with watch.into(phase):
-            out = objective(batch)
-        with phase("backward"):
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)  # the same choice of tokens in every step
+        out = objective(batch)
+        with timer.phase("backward"):
             engine.backward(out["loss"])
-        with phase("optimiser"):
+        with timer.phase("optimiser"):
             engine.step()
         return [part.detach() for part in out.values()]
 
-    return Side(f"engine {name}", run, samples, flops)
+    return Side(f"engine {name}", run, lambda: _exclusive(timer.collect()), samples, objective.flops() * clips)
 
 
-class PhaseSink:
-    """Times the engine's parts by hooks on its modules; what is inside another part is not counted twice."""
-
-    def __init__(self, objective: DistillationObjective, student: torch.nn.Module) -> None:
-        self._timer = PhaseTimer(torch.device("cpu"))
-        self._timer.watch("image teacher", objective.image_teacher)
-        self._timer.watch("video teacher", objective.video_teacher)
-        self._timer.watch("student", student)
-        for branch in ("img", "vid"):
-            decoder = getattr(student, f"decoder_{branch}")
-            self._timer.watch("decoders", decoder)
-            self._timer.watch("heads and loss", decoder.head)
-
-    @contextmanager
-    def into(self, phase: Any) -> Iterator[None]:
-        yield
-        spent = self._timer.collect()
-        if not isinstance(phase, Phases):
-            return
-        spent["student"] -= spent["decoders"]
-        spent["decoders"] -= spent["heads and loss"]
-        for name, seconds in spent.items():
-            phase.seconds[name] += seconds
+def watch(objective: DistillationObjective, student: nn.Module) -> PhaseTimer:
+    """Times the engine's parts by hooks on its modules."""
+    timer = PhaseTimer(CPU)
+    parts = [("student", student)]
+    parts += [(name.replace("_", " "), part) for name, part in objective.named_children() if name != "model"]
+    decoders = [student.decoder_img, student.decoder_vid]
+    parts += [("decoders", decoder) for decoder in decoders] + [("heads and loss", one.head) for one in decoders]
+    for name, part in parts:
+        timer.watch(name, part)
+    return timer
 
 
-class Phases:
-    """Seconds by name; `phases(name)` is the context that measures one."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
+def _exclusive(spent: dict[str, float]) -> dict[str, float]:
+    """Without what is inside: a student's decoders, their heads."""
+    student, decoders, heads = (spent[name] for name in ("student", "decoders", "heads and loss"))
+    return {**spent, "student": student - decoders, "decoders": decoders - heads}
 
 
-def check_losses(sides: Sequence[Side], precision: str) -> dict[str, list[float]]:
-    """The losses of all sides; raises unless the exact ones agree with the first side's, the yardstick's."""
-    losses = {side.name: [float(part) for part in side.run(Phases())] for side in sides}
+def tolerance(config: RunConfig) -> float:
+    """bf16's wherever something is in bf16."""
+    used = {config.precision, config.teachers.image.precision, config.teachers.video.precision}
+    return TOLERANCE["bf16" if "bf16" in used else "fp32"]
+
+
+def check_losses(sides: Sequence[Side], accepted: float) -> dict[str, list[float]]:
+    """The losses of all sides; raises unless the exact engine's agree with the first side's, the yardstick's."""
+    losses = {side.name: [float(part) for part in side.run()] for side in sides}
     expected = losses[sides[0].name]
-    for name in (f"yardstick {precision}", "engine exact"):
-        for mine, theirs in zip(losses.get(name, expected), expected, strict=True):
-            if not abs(mine / theirs - 1) <= TOLERANCE[precision]:
-                raise RuntimeError(f"{name}: loss {mine:.6f}, {sides[0].name} {theirs:.6f}: nothing is timed")
+    for mine, theirs in zip(losses.get("engine exact", expected), expected, strict=True):
+        if not abs(mine / theirs - 1) <= accepted:
+            raise RuntimeError(f"engine exact: loss {mine:.6f}, {sides[0].name} {theirs:.6f}: nothing is timed")
     return losses
 
 
 def measure(sides: Sequence[Side], rounds: int) -> dict[str, list[dict[str, float]]]:
     """Seconds per phase and `total` of every round; the sides run in turn, each round starting at another one."""
     found: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
+    for side in sides:
+        side.phases()  # of the calls before
     for number in range(rounds):
         first = number % len(sides)
         for side in (*sides[first:], *sides[:first]):
-            phases, start = Phases(), time.perf_counter()
-            side.run(phases)
-            found[side.name].append({**phases.seconds, "total": time.perf_counter() - start})
+            start = time.perf_counter()
+            side.run()
+            total = time.perf_counter() - start
+            found[side.name].append({**side.phases(), "total": total})
     return found
 
 
@@ -292,11 +262,8 @@ def machine() -> dict[str, Any]:
     """What the figures belong to."""
     from mvd_kernels import implementation
 
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -324,9 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_distributed()
     precisions = dict.fromkeys([config.precision, *(["fp32"] if args.fp32 else [])])
     sides = [yardstick_side(config, args.batch, precision) for precision in precisions]
-    sides += [engine_side(config, args.batch, name) for name in names]
-    losses = check_losses(sides, config.precision)
-    memory = {side.name: memory_of(lambda side=side: side.run(Phases()), "cpu").temporary for side in sides}
+    sides += [engine_side(load_config(args.config, [*args.set, *RECIPES[name]]), args.batch, name) for name in names]
+    losses = check_losses(sides, tolerance(config))
+    memory = {side.name: memory_of(side.run, "cpu").temporary for side in sides}
     rounds = measure(sides, args.rounds)
     own = torch.bfloat16 if config.precision == "bf16" else torch.float32
     peaks = {"run": gemm_peak("cpu", own), "fp32": gemm_peak("cpu", torch.float32)}

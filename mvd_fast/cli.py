@@ -204,7 +204,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _listing(commands: dict[str, Command]) -> str:
-    return "commands:\n" + "\n".join(f"  {name:9}{command.summary}" for name, command in commands.items())
+    width = max(map(len, commands))
+    return "commands:\n" + "\n".join(f"  {name:{width}} {command.summary}" for name, command in commands.items())
 
 
 def _version() -> str:

@@ -85,9 +85,9 @@ def faults(config: RunConfig) -> list[str]:
         return unknown + list(_deepspeed_faults(config))
     checks = (
         _teacher_faults,
+        _teacherless_faults,
         _cache_faults,
         _partner_faults,
-        _recipe_faults,
         _shape_faults,
         _batch_faults,
         _deepspeed_faults,
@@ -137,12 +137,23 @@ def _teacher_faults(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _teacherless_faults(config: RunConfig) -> Iterator[str]:
+    """Ways to save work that only distillation knows."""
+    kind = config.objective.kind
+    if TEACHERS_OF_OBJECTIVE.get(kind, ("any",)):
+        return
+    if config.teachers.cache.path:
+        yield f"teachers.cache.path: objective {kind!r} has no teachers to store: leave it empty"
+    if config.objective.predict_fraction != 1.0:
+        yield f"objective.predict_fraction: objective {kind!r} decodes all masked tokens: remove it"
+    if config.data.masks_per_clip != 1:
+        yield f"data.masks_per_clip: objective {kind!r} has no teachers to share between masks: remove it"
+
+
 def _cache_faults(config: RunConfig) -> Iterator[str]:
     cache, data = config.teachers.cache, config.data
     if not cache.path:
         return
-    if not TEACHERS_OF_OBJECTIVE.get(config.objective.kind, ("any",)):
-        yield f"teachers.cache.path: objective {config.objective.kind!r} has no teachers to store: leave it empty"
     if cache.views > config.optim.epochs:
         yield (
             f"teachers.cache.views: {cache.views} views are more than the {config.optim.epochs} epochs would show; "
@@ -160,16 +171,6 @@ def _partner_faults(config: RunConfig) -> Iterator[str]:
     accepted = DATA_OF_MODEL.get(model, (data,))
     if data in {kind for kinds in DATA_OF_MODEL.values() for kind in kinds} and data not in accepted:
         yield f"data.kind: model {model!r} takes {_either(accepted)}, not {data!r}"
-
-
-def _recipe_faults(config: RunConfig) -> Iterator[str]:
-    """Ways to save work that only distillation knows."""
-    if config.objective.kind != "pixel":
-        return
-    if config.objective.predict_fraction != 1.0:
-        yield "objective.predict_fraction: the objective 'pixel' decodes all masked tokens: remove it"
-    if config.data.masks_per_clip != 1:
-        yield "data.masks_per_clip: the objective 'pixel' has no teachers to share between masks: remove it"
 
 
 def _shape_faults(config: RunConfig) -> Iterator[str]:

@@ -9,10 +9,11 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from mvd_fast.machine import cpu_name
 
 Row = tuple[str, ...]
 
@@ -56,7 +57,7 @@ def versions() -> Iterator[Row]:
 
 
 def devices() -> Iterator[Row]:
-    yield "cpu", _cpu_model(), f"{len(os.sched_getaffinity(0))} cores"
+    yield "cpu", cpu_name(), f"{len(os.sched_getaffinity(0))} cores"
     from mvd_kernels._dispatch import extension
 
     module, problem = extension()
@@ -109,14 +110,6 @@ def _collect(section: Callable[[], Iterable[Row]]) -> list[Row]:
     except Exception as error:  # a broken optional piece is what the report is for
         rows.append(("failed", type(error).__name__, str(error).split("\n")[0]))
     return rows
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _first_line(program: str, *arguments: str, last: bool = False) -> str:

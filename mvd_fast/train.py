@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_train_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        _adopt_ranks(os.environ)
         config = config_from_arguments(args)
         if missing := missing_files(config):
             raise ConfigError("\n".join(missing))

@@ -9,6 +9,8 @@ import sys
 import pytest
 import tiny_runs
 
+FP32 = ("--set", "teachers.image.precision=fp32", "--set", "teachers.video.precision=fp32")
+
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mvd_fast.cli", "bench", "step", *arguments]
@@ -17,9 +19,11 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A run of all recipes; the student in fp32, as the demo's is, so that losses are comparable."""
+    """A run of all recipes, all in fp32, so that losses are comparable."""
     file = tmp_path_factory.mktemp("bench") / "step.json"
-    result = bench("--config", "demo/student", "--batch", "2", "--rounds", "2", "--recipes", "all", "--json", str(file))
+    result = bench(
+        "--config", "demo/student", "--batch", "2", "--rounds", "2", "--recipes", "all", "--json", str(file), *FP32
+    )
     assert result.returncode == 0, result.stderr
     assert "seconds by phase" in result.stdout
     return json.loads(file.read_text())

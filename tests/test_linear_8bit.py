@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import mvd_kernels
 from mvd_kernels import Linear8bit, QuantizedWeight, linear_8bit, quantize_weight, use_impl
 from mvd_kernels._triton import interpreting
-from mvd_kernels.linear_8bit import _quantize, _reference
+from mvd_kernels.linear_8bit import _reference, quantize_rows
 
 CASES = [  # R, C, D
     (1, 7, 13),
@@ -88,7 +88,7 @@ def test_rows_are_rounded_as_in_the_reference(kernels, dtype):
     scales = torch.rand(40, 1, generator=generator) * 100
     x = torch.cat([steps.expand(40, -1) * scales, torch.randn(60, 509, generator=generator)]).to(kernels, dtype)
     y = linear_8bit(x.float(), quantize_weight(torch.eye(509, device=kernels)))
-    values, scale = _quantize(x, torch.int8)
+    values, scale = quantize_rows(x, torch.int8)
     assert torch.equal((y / scale[:, None]).round().to(torch.int8), values)
     assert values.min() == -127 and values.max() == 127
 

@@ -33,7 +33,14 @@ ALLOWED = {
     "mvd_fast.teachers": {"mvd_fast.models", "mvd_fast.interop"},
     "mvd_fast.objectives": {"mvd_fast.models", "mvd_fast.teachers", "mvd_kernels"},
     "mvd_fast.data": {"mvd_kernels"},
-    "mvd_fast.targets": {"mvd_fast.config_file", "mvd_fast.data", "mvd_fast.objectives", "mvd_fast.teachers"},
+    "mvd_fast.targets": {
+        "mvd_fast.arguments",
+        "mvd_fast.config_file",
+        "mvd_fast.data",
+        "mvd_fast.objectives",
+        "mvd_fast.teachers",
+        "mvd_kernels",
+    },
     "mvd_fast.report": {"mvd_fast.models", "mvd_kernels"},
 }
 

@@ -64,6 +64,12 @@ def test_several_masks_are_the_mean_over_samples_of_one(objective: DistillationO
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_masks_of_other_clips_are_refused(objective: DistillationObjective) -> None:
+    """Four rows for two clips are not two masks of each."""
+    with pytest.raises(ValueError, match=r"mask is \[4, 64\]; it must be \[2, N\] or \[2, masks, N\]"):
+        objective.model(torch.randn(2, 3, 8, 32, 32), masks(4, 1)[:, 0])
+
+
 def test_chosen_tokens_are_a_random_subset_in_order() -> None:
     index = torch.arange(100).expand(4, -1) * 3
     torch.manual_seed(0)
@@ -136,7 +142,7 @@ def test_loader_draws_several_masks_of_one_clip(inputs: Path, tmp_path: Path) ->
 
 
 def test_runs_train_with_each_recipe(inputs: Path, tmp_path: Path) -> None:
-    """All three at once, through the command line; the loss falls and resuming would find a checkpoint."""
+    """All three at once, through the command line; the loss falls."""
     content = tiny_runs.config(inputs, tmp_path / "run", batch={"size": 16})
     content["data"] |= {"masks_per_clip": 2}
     content["objective"] = {"predict_fraction": 0.5}

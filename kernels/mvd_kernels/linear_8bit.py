@@ -38,8 +38,8 @@ class QuantizedWeight(NamedTuple):
 # ---- reference ----
 
 
-def _quantize(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[R, C] -> values [R, C] in `dtype`, scale fp32 [R]; NaN is the scale of a row with NaN or infinity.
+def quantize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[..., C] -> values [..., C] in `dtype`, scale fp32 [...]; NaN is the scale of a row with NaN or infinity.
 
     The kernels do these operations in this order, each rounded to fp32: their values are the same, not just close.
     """
@@ -55,7 +55,7 @@ def _reference(
     x: Tensor, values: Tensor, scale: Tensor, packed: Tensor | None, bias: Tensor | None, gelu: bool
 ) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows, row_scale = _quantize(x.reshape(-1, x.shape[-1]), values.dtype)
+    rows, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]), values.dtype)
     sums = rows.double() @ values.double().t()  # exact
     y = sums.to(wide) * row_scale.to(wide)[:, None] * scale.to(wide)
     if bias is not None:
@@ -283,7 +283,7 @@ def quantize_weight(weight: Tensor, format: str | None = None) -> QuantizedWeigh
         raise ValueError(
             f"format is 'fp8', which {weight.device} of capability {capability} does not multiply; use 'int8'"
         )
-    values, scale = _quantize(weight.detach(), FORMATS[name])
+    values, scale = quantize_rows(weight.detach(), FORMATS[name])
     return QuantizedWeight(values, scale, _pack(values))
 
 

@@ -39,6 +39,7 @@ class Targets:
 
 OpenTargets = Callable[[list[str]], Targets]  # from the list's paths
 
+
 JUDGED_FROM = 1000  # files seen before a share of bad ones says something about a long list
 LOOK_FOR_MISSING = 20  # files looked for when the loader is built
 

@@ -27,6 +27,7 @@ from mvd_fast.config import RunConfig
 from mvd_fast.config_file import load_config
 from mvd_fast.demo.digits import FRAMES, MOTIONS, SIZE, DigitSet, is_written, write_digit_set
 from mvd_fast.files import SUMMARY, WEIGHTS, write_text
+from mvd_fast.machine import cpu_name
 from mvd_fast.train import choose_accelerator
 
 RUNS = ("image_teacher", "video_teacher", "student")
@@ -201,7 +202,7 @@ class Demo:
         return {
             "size": self.size,
             "seed": self.seed,
-            "machine": {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
+            "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
             "versions": {name: version(name) for name in ("mvd-fast", "torch", "deepspeed", "nvidia-dali-cuda130")},
             "data": {
                 "clips": self.clips.train,
@@ -251,11 +252,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _cpu_name() -> str:
-    """The processor's name as Linux tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

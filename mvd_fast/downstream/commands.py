@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mvd_fast.arguments import positive
 from mvd_fast.data.lists import Entry, ListError, read_dataset
 from mvd_fast.files import write_text, written_aside
 
@@ -272,12 +273,6 @@ def _seeds(text: str) -> list[int]:
     return list(map(int, parts))
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
 def _probe_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mvd-fast probe", description="Classify clips from a network's frozen features.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder, or what `mvd-fast convert` reads")
@@ -287,11 +282,11 @@ def _probe_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="JSON", help="write the results to this file, too")
     parser.add_argument("--seeds", default="0", help="attentive: one training for each (default: %(default)s)")
     parser.add_argument("--regularisation", type=float, default=1.0, help="linear: scikit-learn's C, larger is weaker")
-    parser.add_argument("--neighbours", type=_positive, default=NEIGHBOURS, help="knn (default: %(default)s)")
+    parser.add_argument("--neighbours", type=positive, default=NEIGHBOURS, help="knn (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="knn (default: %(default)s)")
     settings = AttentiveSettings()
-    parser.add_argument("--epochs", type=_positive, default=settings.epochs, help="attentive (default: %(default)s)")
-    parser.add_argument("--batch", type=_positive, default=settings.batch, help="attentive (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=settings.epochs, help="attentive (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=settings.batch, help="attentive (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=settings.lr, help="attentive (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=settings.weight_decay, help="attentive")
     _add_network_options(parser)
@@ -310,13 +305,13 @@ def _features_parser() -> argparse.ArgumentParser:
 
 def _add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", default="", help="folder that relative paths start from (default: the list's)")
-    parser.add_argument("--clips", type=_positive, default=1, help="clips per video, averaged (default: the centre)")
-    parser.add_argument("--sampling-rate", type=_positive, help="every n-th frame (default: the run's, or 4)")
-    parser.add_argument("--frames", type=_positive, help="frames of a clip (default: the checkpoint's)")
-    parser.add_argument("--image-size", type=_positive, help="pixels (default: the checkpoint's)")
-    parser.add_argument("--heads", type=_positive, help="attention heads, where the width does not tell")
+    parser.add_argument("--clips", type=positive, default=1, help="clips per video, averaged (default: the centre)")
+    parser.add_argument("--sampling-rate", type=positive, help="every n-th frame (default: the run's, or 4)")
+    parser.add_argument("--frames", type=positive, help="frames of a clip (default: the checkpoint's)")
+    parser.add_argument("--image-size", type=positive, help="pixels (default: the checkpoint's)")
+    parser.add_argument("--heads", type=positive, help="attention heads, where the width does not tell")
     parser.add_argument("--positions", choices=("3d", "1d"), help="where the checkpoint does not tell")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--feature-batch", type=_positive, default=16, help="clips at once (default: %(default)s)")
-    parser.add_argument("--threads", type=_positive, default=2, help="that decode (default: %(default)s)")
+    parser.add_argument("--feature-batch", type=positive, default=16, help="clips at once (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="that decode (default: %(default)s)")

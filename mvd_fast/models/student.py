@@ -108,6 +108,8 @@ class MaskedVideoStudent(nn.Module):
         `num_predicted`: decode only so many masked tokens of each row, chosen by torch's random numbers; the others
         enter neither decoder nor loss.
         """
+        if mask.ndim not in (2, 3) or len(mask) != len(video):
+            raise ValueError(f"mask is {list(mask.shape)}; it must be [{len(video)}, N] or [{len(video)}, masks, N]")
         visible, masked = split_mask(mask.flatten(0, -2), num_visible)
         if num_predicted is not None:
             masked = choose_tokens(masked, num_predicted)

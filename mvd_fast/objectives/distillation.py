@@ -38,8 +38,8 @@ class DistillationObjective(nn.Module):
         self.video_teacher = video_teacher and video_teacher.eval().requires_grad_(False)
         self.image_weight, self.video_weight = image_weight, video_weight
         self.normalize_targets = normalize_targets
-        self.num_visible: int | None = None  # set by build(): spares a device synchronisation per step
-        self.num_predicted: int | None = None  # set by build(): masked tokens decoded per mask, None: all
+        self.num_visible: int | None = None  # set by assemble(): spares a device synchronisation per step
+        self.num_predicted: int | None = None  # set by assemble(): masked tokens decoded per mask, None: all
         self.masks_per_clip = 1  # for flops()
 
     def train(self, mode: bool = True) -> DistillationObjective:
@@ -81,7 +81,7 @@ class DistillationObjective(nn.Module):
     def flops(self) -> float:
         """FLOP of one clip's training step: the teachers forward (unless stored), the student forward and backward for
         each mask."""
-        assert self.num_visible is not None, "set by build()"
+        assert self.num_visible is not None, "set by assemble()"
         student = getattr(self.model, "module", self.model)
         teachers = 0.0
         if self.image_teacher is not None:
@@ -99,10 +99,17 @@ def build(config: RunConfig) -> DistillationObjective:
         None if config.teachers.cache.path else build_teacher(teacher, config.model, config.precision)
         for teacher in (config.teachers.image, config.teachers.video)
     )
+    return assemble(config, student, image, video)
+
+
+def assemble(
+    config: RunConfig, student: nn.Module, image_teacher: nn.Module | None, video_teacher: nn.Module | None
+) -> DistillationObjective:
+    """The objective of a run around networks that are there already."""
     objective = DistillationObjective(
         student,
-        image,
-        video,
+        image_teacher,
+        video_teacher,
         image_weight=config.objective.image_weight,
         video_weight=config.objective.video_weight,
         normalize_targets=config.objective.normalize_targets,

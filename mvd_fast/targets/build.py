@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mvd_fast.arguments import positive
 from mvd_fast.config import CacheConfig, RunConfig
 from mvd_fast.config_file import ConfigError, load_config, missing_files
 from mvd_fast.data.loader import Loader, build_source
@@ -62,17 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON file or name of a recipe, such as vitl")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one value")
     parser.add_argument("--shard", metavar="I/N", help="this process is number I (from 0) of N that share the work")
-    parser.add_argument("--batch", type=_positive, metavar="B", help="clips at a time; default: batch.micro, or 16")
-    parser.add_argument("--rows-per-shard", type=_positive, metavar="R", help="default: as many as fill 256 MiB")
+    parser.add_argument("--batch", type=positive, metavar="B", help="clips at a time; default: batch.micro, or 16")
+    parser.add_argument("--rows-per-shard", type=positive, metavar="R", help="default: as many as fill 256 MiB")
     parser.add_argument("--verify", action="store_true", help="read a complete store against its checksums instead")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _share(option: str | None) -> tuple[int, int]:

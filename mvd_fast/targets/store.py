@@ -34,11 +34,10 @@ from mvd_fast.data.loader import OpenTargets, Targets
 from mvd_fast.data.sampling import SampleKey
 from mvd_fast.files import write_text, written_aside
 from mvd_fast.teachers import DTYPES
+from mvd_kernels.linear_8bit import quantize_rows
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-LARGEST = 127  # what the largest channel of a token becomes
-SMALLEST = 1e-30  # a token's largest channel counts as this at least, so that 1 / it is finite
 SHARD_BYTES = 2**28
 HEADER_BYTES = 1024  # of a shard; a little more than it takes
 
@@ -177,9 +176,7 @@ def _require_same(folder: Path, made: dict[str, Any], wanted: dict[str, Any]) ->
 
 def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
     """[..., C] -> int8 [..., C] and float32 scale [...], symmetric: a token's largest channel becomes 127."""
-    features = features.float()
-    scale = features.abs().amax(-1).clamp(min=SMALLEST) / LARGEST
-    return (features / scale[..., None]).round().to(torch.int8), scale
+    return quantize_rows(features, torch.int8)
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

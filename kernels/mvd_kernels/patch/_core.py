@@ -22,6 +22,7 @@ from mvd_kernels.add_layer_norm import add_layer_norm
 
 _HEAD_STEP, _LARGEST_HEAD = 16, 128  # of the attention kernels
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # else that of bf16
+_PACKED_ATTENTION = {"qkv", "attn_drop", "proj", "proj_drop"}
 _LAYER_NORMS = ("LayerNorm", "LayerNormFp32")  # torch's, and timm's of these names: the same arithmetic
 
 
@@ -207,6 +208,38 @@ def unfit_head(width: int) -> str | None:
 
 def dropout_note(rate: float) -> str:
     return f"attention dropout {rate:g} is active in training, which runs the original" if rate else ""
+
+
+def find_blocks(model: nn.Module, children: set[str], missing: str) -> list[tuple[str, nn.Module]]:
+    """Modules with at least these children, by name. Raises PatchError, saying what is `missing`, if there are none."""
+    blocks = [(name, one) for name, one in model.named_modules() if {n for n, _ in one.named_children()} >= children]
+    if not blocks:
+        raise PatchError(f"{type(model).__name__} has no {missing}. Nothing was changed.")
+    return blocks
+
+
+def swap_packed_attention(
+    report: Report, name: str, attn: nn.Module, layer: type[nn.Module], tensors: set[str] = frozenset()
+) -> None:
+    """Attention from one projection of queries, keys and values; `tensors`: what it may own beside its children."""
+    reason, note = unexpected(attn, _PACKED_ATTENTION, tensors), ""
+    if reason is None and not isinstance(attn.qkv, nn.Linear):
+        reason = f"its qkv is {type(attn.qkv).__name__}, not Linear"
+    if reason is None:
+        note = dropout_note(attn.attn_drop.p)
+        probe = wave(1, 3, attn.qkv.in_features, like=attn.qkv.weight)
+        reason = unfit_head(attn.qkv.out_features // 3 // attn.num_heads) or swap(attn, layer, probe=(probe,))
+    report.add(name, "attention", reason, note)
+
+
+def swap_block(
+    report: Report, name: str, block: nn.Module, norm: nn.Module, layer: type[nn.Module], reason: str | None = None
+) -> None:
+    """A block whose first addition goes into its second LayerNorm, `norm`; left if there is a `reason` already."""
+    reason = reason or unfit_norm(norm)
+    if reason is None:
+        reason = swap(block, layer, probe=(wave(1, 3, *norm.weight.shape, like=norm.weight),))
+    report.add(name, "add + LayerNorm", reason)
 
 
 def has_hooks(module: nn.Module) -> bool:

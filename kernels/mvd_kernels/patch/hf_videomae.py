@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from mvd_kernels.attention import attention
 from mvd_kernels.embed_visible_tubes import embed_visible_tubes
 from mvd_kernels.patch._core import (
-    PatchError,
     Report,
     add_norm,
     dropout_note,
+    find_blocks,
     has_hooks,
     original,
     swap,
+    swap_block,
     unexpected,
     unfit_head,
-    unfit_norm,
     wave,
 )
-from mvd_kernels.patch._visible import unfit_tubes, visible_tokens
+from mvd_kernels.patch._visible import other_size, probe_clip, unfit_tubes, visible_tokens
 
 _LAYER = {"attention", "intermediate", "output", "layernorm_before", "layernorm_after"}
 _ATTENTION = {"query", "key", "value"}
@@ -62,20 +61,12 @@ class VideoMAEEmbeddings(nn.Module):
         Clips of other sizes go to the original, which says what it takes.
         """
         patches, pos = self.patch_embeddings, self.position_embeddings
-        visible = None if bool_masked_pos is None else visible_tokens(bool_masked_pos, pixel_values, pos.shape[1])
-        watched = has_hooks(patches) or has_hooks(patches.projection)
-        if visible is None or watched or _other_size(pixel_values, patches, pos):
+        proj, clips, tokens = patches.projection, pixel_values.transpose(1, 2), pos.shape[1]
+        visible = None if bool_masked_pos is None else visible_tokens(bool_masked_pos, clips, tokens)
+        watched = has_hooks(patches) or has_hooks(proj)
+        if visible is None or watched or other_size(clips, proj, patches.image_size, tokens):
             return original(VideoMAEEmbeddings, self)(pixel_values, bool_masked_pos)
-        weight, bias = patches.projection.weight, patches.projection.bias
-        return embed_visible_tubes(pixel_values.transpose(1, 2), weight, bias, pos.detach().to(weight.device), visible)
-
-
-def _other_size(pixel_values: Tensor, patches: nn.Module, pos: Tensor) -> bool:
-    _, frames, channels, *size = pixel_values.shape
-    tokens = torch.Size(
-        one // tube for one, tube in zip((frames, *size), patches.projection.kernel_size, strict=True)
-    ).numel()
-    return channels != 3 or tuple(size) != tuple(patches.image_size) or tokens != pos.shape[1]
+        return embed_visible_tubes(clips, proj.weight, proj.bias, pos.detach().to(proj.weight.device), visible)
 
 
 def patch_hf_videomae(model: nn.Module) -> Report:
@@ -91,24 +82,15 @@ def patch_hf_videomae(model: nn.Module) -> Report:
     Raises:
         PatchError: if the model has no layers of VideoMAE's form.
     """
-    layers = [(name, one) for name, one in model.named_modules() if {n for n, _ in one.named_children()} == _LAYER]
-    layers = [(name, one) for name, one in layers if hasattr(one.attention, "attention")]
-    if not layers:
-        raise PatchError(
-            f"{type(model).__name__} has no layers with attention.attention, layernorm_before and layernorm_after, as "
-            f"transformers' VideoMAE has. Nothing was changed."
-        )
+    missing = "layers with attention.attention, layernorm_before and layernorm_after, as transformers' VideoMAE has"
+    layers = find_blocks(model, _LAYER, missing)
     report = Report(type(model).__name__)
     for name, module in model.named_modules():
         if hasattr(module, "patch_embeddings") and hasattr(module, "position_embeddings"):
             report.add(name, "embedding", _patch_embeddings(module), "the original runs where no mask is given")
     for name, layer in layers:
-        _patch_attention(report, f"{name}.attention.attention", layer.attention.attention)
-        reason = unfit_norm(layer.layernorm_after)
-        if reason is None:
-            weight = layer.layernorm_after.weight
-            reason = swap(layer, VideoMAELayer, probe=(wave(1, 3, *weight.shape, like=weight),))
-        report.add(name, "add + LayerNorm", reason)
+        _patch_attention(report, f"{name}.attention.attention", getattr(layer.attention, "attention", None))
+        swap_block(report, name, layer, layer.layernorm_after, VideoMAELayer, unexpected(layer, _LAYER))
     if isinstance(getattr(model, "encoder_to_decoder", None), nn.Linear):
         reason = "it is inside the model's forward; scatter_mask_tokens does it in a loop of your own"
         report.add("encoder_to_decoder", "mask tokens", reason)
@@ -116,8 +98,8 @@ def patch_hf_videomae(model: nn.Module) -> Report:
     return report
 
 
-def _patch_attention(report: Report, name: str, attn: nn.Module) -> None:
-    reason, note = unexpected(attn, _ATTENTION), ""
+def _patch_attention(report: Report, name: str, attn: nn.Module | None) -> None:
+    reason, note = "there is none" if attn is None else unexpected(attn, _ATTENTION), ""
     if reason is None:
         note = dropout_note(attn.dropout_prob)
         probe = wave(1, 3, attn.query.in_features, like=attn.query.weight)
@@ -130,10 +112,5 @@ def _patch_embeddings(embeddings: nn.Module) -> str | None:
     proj = getattr(patches, "projection", None)
     if reason := unfit_tubes(proj):
         return reason
-    height, width = patches.image_size
-    tube, side, _ = proj.kernel_size
-    frames = pos.shape[1] * side**2 // (height * width) * tube
-    clip = wave(1, frames, 3, height, width, like=proj.weight)
-    mask = torch.ones(1, pos.shape[1], dtype=torch.bool, device=clip.device)
-    mask[:, :: max(pos.shape[1] - 1, 1)] = False
-    return swap(embeddings, VideoMAEEmbeddings, probe=(clip, mask))
+    clip, mask = probe_clip(proj, patches.image_size, pos.shape[1])
+    return swap(embeddings, VideoMAEEmbeddings, probe=(clip.transpose(1, 2), mask))

@@ -6,20 +6,16 @@ from torch import Tensor, nn
 
 from mvd_kernels.attention import attention
 from mvd_kernels.patch._core import (
-    PatchError,
     Report,
     add_norm,
-    dropout_note,
+    find_blocks,
     original,
-    swap,
+    swap_block,
+    swap_packed_attention,
     unexpected,
-    unfit_head,
-    unfit_norm,
-    wave,
 )
 
 _BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
-_ATTENTION = {"qkv", "attn_drop", "proj", "proj_drop"}
 
 
 class TimmAttention(nn.Module):
@@ -62,31 +58,14 @@ def patch_timm_vit(model: nn.Module) -> Report:
     Raises:
         PatchError: if the model has no blocks with norm1, attn, norm2 and mlp.
     """
-    names = {"norm1", "attn", "norm2", "mlp"}
-    blocks = [(name, one) for name, one in model.named_modules() if names <= {n for n, _ in one.named_children()}]
-    if not blocks:
-        raise PatchError(
-            f"{type(model).__name__} has no blocks with norm1, attn, norm2 and mlp, as timm's ViTs have; for other "
-            f"networks call the operators of mvd_kernels directly. Nothing was changed."
-        )
+    missing = (
+        "blocks with norm1, attn, norm2 and mlp, as timm's ViTs have; for other networks call the operators of "
+        "mvd_kernels directly"
+    )
     report = Report(type(model).__name__)
-    for name, block in blocks:
-        _patch_attention(report, f"{name}.attn", block.attn)
-        reason = unexpected(block, _BLOCK) or unfit_norm(block.norm2)
-        if reason is None:
-            reason = swap(block, TimmBlock, probe=(wave(1, 3, *block.norm2.weight.shape, like=block.norm2.weight),))
-        report.add(name, "add + LayerNorm", reason)
+    for name, block in find_blocks(model, {"norm1", "attn", "norm2", "mlp"}, missing):
+        swap_packed_attention(report, f"{name}.attn", block.attn, TimmAttention)
+        swap_block(report, name, block, block.norm2, TimmBlock, unexpected(block, _BLOCK))
     if hasattr(model, "patch_embed"):
         report.add("patch_embed", "embedding", "the model embeds every patch, so there are no hidden ones to spare")
     return report
-
-
-def _patch_attention(report: Report, name: str, attn: nn.Module) -> None:
-    reason, note = unexpected(attn, _ATTENTION), ""
-    if reason is None and not isinstance(attn.qkv, nn.Linear):
-        reason = f"its qkv is {type(attn.qkv).__name__}, not Linear"
-    if reason is None:
-        note = dropout_note(attn.attn_drop.p)
-        probe = wave(1, 3, attn.qkv.in_features, like=attn.qkv.weight)
-        reason = unfit_head(attn.qkv.out_features // 3 // attn.num_heads) or swap(attn, TimmAttention, probe=(probe,))
-    report.add(name, "attention", reason, note)
