@@ -1,9 +1,10 @@
-# make setup | test | demo [SIZE=quick] | kernels-check | emulate | lint | clean      PYTHON=python3.12 chooses the interpreter
+# make setup | test [JOBS=2] | demo [SIZE=quick] | kernels-check | emulate | lint | clean      PYTHON=python3.12 chooses the interpreter
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup test demo kernels-check emulate lint clean
 
 SIZE ?= full
+JOBS ?= 2
 TABLE := tests/data/kernels_table.json
 BIN := .venv/bin
 STAMP := .venv/.setup-done
@@ -17,7 +18,7 @@ step = @printf '%-60s\n' "mvd-fast: $(1) ..."; start=$$SECONDS; $(2) || { echo "
 
 help:
 	@echo "make setup   virtual environment, pinned dependencies, native build (a few minutes, 7 GB)"
-	@echo "make test    setup, kernels-check, then the tests"
+	@echo "make test    setup, kernels-check, then the tests, JOBS=2 at a time"
 	@echo "make kernels-check  compile every Triton kernel for sm_80, sm_90, sm_100; see build/kernels.txt"
 	@echo "make demo    setup, then the demonstration on synthetic video (SIZE=quick: at most 3 minutes)"
 	@echo "make emulate tests of the operators with AVX-512 emulated, for processors without it (needs SIMDe)"
@@ -37,7 +38,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE)
 	@touch $@
 
 test: setup kernels-check
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 kernels-check: setup
 	$(call step,compile the Triton kernels for GPUs and check what they need,mkdir -p build && $(BIN)/python -m mvd_kernels.offline $(TABLE) > build/kernels.txt)

@@ -240,6 +240,7 @@ def _check(case: str, name: str, actual: list[Tensor], against: str, expected: l
             raise WrongResultError(f"{which} is {list(ours.shape)}, of {against} {list(theirs.shape)}")
         if not ours.numel():
             continue
+        theirs = theirs.to(ours.device)  # a side of plain NumPy is on the CPU
         error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-30)
         if not error <= tolerance:  # NaN is wrong too
             raise WrongResultError(f"{which} is {error:.1e} off {against}'s; {tolerance:.1e} is accepted")

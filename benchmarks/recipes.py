@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from less_work import HALF, INT8, MASKS
 
 from mvd_fast.config import RunConfig
 from mvd_fast.config_file import load_config
@@ -28,9 +29,6 @@ from mvd_fast.files import SUMMARY, WEIGHTS, write_text
 from mvd_fast.interop.weights import load_into, read_weights
 from mvd_fast.models import build_model
 
-INT8 = ('teachers.image.precision="int8"', 'teachers.video.precision="int8"')
-MASKS = ("data.masks_per_clip=4",)  # a quarter of the epochs, so that the samples are as many
-HALF = ("objective.predict_fraction=0.5",)
 RECIPES: dict[str, tuple[str, ...]] = {
     "exact": (),
     "8-bit teachers": INT8,
@@ -50,7 +48,7 @@ def configure(demo: Path, recipe: str, seed: int) -> tuple[str, list[str]]:
     overrides = [*changes, f"seed={seed}", f"run_dir={json.dumps(str(run_dir))}"]
     if "teachers.cache.views=2" in changes:
         overrides.append(f"teachers.cache.path={json.dumps(str(run_dir / 'targets'))}")
-    if set(MASKS) <= set(changes):
+    if set(MASKS) <= set(changes):  # a quarter of the epochs, so that the samples are as many
         optim = load_config(str(base)).optim
         warmup = max(1, round(optim.warmup_epochs / 4))
         overrides += [f"optim.epochs={round(optim.epochs / 4)}", f"optim.warmup_epochs={warmup}"]

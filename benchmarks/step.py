@@ -3,7 +3,8 @@
 Networks of the recipe's sizes with random weights, random clips, the recipe's masks; the same weights on all sides.
 Sides are the yardstick and the engine as a run uses it (DeepSpeed, its optimiser with a learning rate of 0, so that
 every step is the same), and the engine with the recipes that need less work. Losses are checked before anything is
-timed; then the sides run in turn. Decoding is not part of it.
+timed; then the sides run in turn. With `--data` each side has a loader that decodes, and reads stored targets, beside
+it (step_data.py); else loading is not part of it.
 """
 
 from __future__ import annotations
@@ -12,21 +13,23 @@ import argparse
 import json
 import os
 import statistics
-import time
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from compare import gemm_peak, memory_of
-from recipes import HALF, INT8, MASKS
+from compare import clock, gemm_peak, memory_of
+from less_work import HALF, INT8, MASKS
 from rich.console import Console
 from rich.table import Table
+from step_data import Feed, store_targets
 from torch import Tensor, nn
 from yardstick import distillation_losses
 
 from mvd_fast.config import RunConfig, TeacherConfig
 from mvd_fast.config_file import load_config
+from mvd_fast.engine import backward, start_engine
 from mvd_fast.files import write_text
 from mvd_fast.machine import cpu_name
 from mvd_fast.models import ImageTeacher, VideoTeacher, build_model
@@ -34,17 +37,18 @@ from mvd_fast.objectives.distillation import DistillationObjective, assemble
 from mvd_fast.optim import build_optimizer
 from mvd_fast.teachers import DTYPES, to_precision
 from mvd_fast.telemetry import PhaseTimer
-from mvd_fast.train import start_distributed
+from mvd_fast.train import distributed
 from mvd_kernels import tube_mask
 
-CPU = torch.device("cpu")
-PHASES = ("image teacher", "video teacher", "student", "decoders", "heads and loss", "backward", "optimiser")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DATA = "data"  # waiting for it
+PHASES = (DATA, "image teacher", "video teacher", "student", "decoders", "heads and loss", "backward", "optimiser")
 
 # Of the loss: bf16 rounds features to 2^-9, and the mean over half a million differences is much closer than each.
 TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
 
 
-STORED = ('teachers.cache.path="in memory"',)  # how they are read is not part of the step
+STORED = ('teachers.cache.path="in memory"',)  # read from files, too, with --data
 RECIPES = {
     "exact": (),
     "int8": INT8,
@@ -65,6 +69,7 @@ class Side(NamedTuple):
     phases: Callable[[], dict[str, float]]  # seconds of each since the last call
     samples: int  # of the student, made by one call
     flops: float
+    feed: Feed | None = None
 
 
 def make_objective(config: RunConfig) -> DistillationObjective:
@@ -78,7 +83,7 @@ def make_objective(config: RunConfig) -> DistillationObjective:
     for module in objective.modules():  # the same branches on both sides
         if hasattr(module, "drop_path"):
             module.drop_path.rate = 0.0
-    return objective.train()
+    return objective.train().to(DEVICE)
 
 
 def _sizes(teacher: TeacherConfig) -> tuple[int, int, int]:
@@ -92,15 +97,39 @@ def make_batch(config: RunConfig, clips: int, masks: int = 1) -> dict[str, Tenso
     numbers = torch.arange(clips)[:, None] + clips * torch.arange(masks)
     mask = tube_mask(0, 0, numbers.flatten(), model.grid, config.data.mask_ratio).mask.view(clips, masks, -1)
     video = torch.randn(clips, 3, model.num_frames, model.image_size, model.image_size)
-    return {"video": video, "mask": mask[:, 0] if masks == 1 else mask}
+    return {"video": video.to(DEVICE), "mask": (mask[:, 0] if masks == 1 else mask).to(DEVICE)}
 
 
-def yardstick_side(config: RunConfig, clips: int, precision: str) -> Side:
-    objective, batch, timer = make_objective(config), make_batch(config, clips), PhaseTimer(CPU)
+def make_feed(
+    args: argparse.Namespace, changes: Sequence[str], objective: DistillationObjective, samples: int, folder: Path
+) -> Feed | None:
+    """The loader of a side, whose config has `changes` in it; none without `--data`."""
+    if not args.data:
+        return None
+    overrides = [*args.set, *changes, f"data.train={json.dumps(args.data)}"]
+    if STORED[0] in changes:
+        own = Path(tempfile.mkdtemp(dir=folder))
+        config = store_targets(args.config, overrides, objective, own, args.batch, DEVICE)
+    else:
+        config = load_config(args.config, overrides)
+    return Feed(config, samples, DEVICE)
+
+
+def wait_for(feed: Feed | None, timer: PhaseTimer) -> None:
+    if feed:
+        with timer.phase(DATA):
+            feed.wait()
+
+
+def yardstick_side(config: RunConfig, precision: str, args: argparse.Namespace, folder: Path) -> Side:
+    clips = args.batch
+    objective, batch, timer = make_objective(config), make_batch(config, clips), PhaseTimer(DEVICE)
     optimizer = build_optimizer(objective.model, config.optim)
+    feed = make_feed(args, (), objective, clips, folder)
 
     def run() -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        wait_for(feed, timer)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
             out = distillation_losses(objective, batch, timer.phase)
         with timer.phase("backward"):
             out["loss"].backward()
@@ -110,49 +139,44 @@ def yardstick_side(config: RunConfig, clips: int, precision: str) -> Side:
         return [part.detach() for part in out.values()]
 
     # The engine's FLOP for the same results; the yardstick does more.
-    return Side(f"yardstick {precision}", run, timer.collect, clips, objective.flops() * clips)
+    return Side(f"yardstick {precision}", run, timer.collect, clips, objective.flops() * clips, feed)
 
 
-def engine_side(config: RunConfig, clips: int, name: str) -> Side:
-    """The engine with a config that has the recipe `name` in it."""
-    import deepspeed
-
-    from mvd_fast.trainer import deepspeed_config
-
+def engine_side(name: str, args: argparse.Namespace, folder: Path) -> Side:
+    """The engine with the recipe `name` in its config."""
+    config, clips = load_config(args.config, [*args.set, *RECIPES[name]]), args.batch
     objective, batch = make_objective(config), make_batch(config, clips, config.data.masks_per_clip)
     batch["video"] = batch["video"].to(DTYPES[config.precision])
     teachers = {"image_teacher": config.teachers.image, "video_teacher": config.teachers.video}
     for role, teacher in teachers.items():
         to_precision(getattr(objective, role), teacher.precision or config.precision)
+    samples, student = clips * config.data.masks_per_clip, objective.model
+    feed = make_feed(args, RECIPES[name], objective, samples, folder)
     if config.teachers.cache.path:
         with torch.no_grad():
             batch["target_image"], batch["target_video"] = objective.targets(batch["video"])
         objective.image_teacher = objective.video_teacher = None
-    samples, student = clips * config.data.masks_per_clip, objective.model
     whole = config.model_copy(update={"batch": config.batch.model_copy(update={"size": samples})})
-    engine, *_ = deepspeed.initialize(
-        model=student,
-        optimizer=build_optimizer(student, config.optim),
-        config=deepspeed_config(whole, samples, 1),
-    )
+    engine = start_engine(student, whole, samples, 1)
     objective.model = engine
     timer = watch(objective, student)
 
     def run() -> list[Tensor]:
+        wait_for(feed, timer)
         torch.manual_seed(0)  # the same choice of tokens in every step
         out = objective(batch)
         with timer.phase("backward"):
-            engine.backward(out["loss"])
+            backward(engine, out["loss"])
         with timer.phase("optimiser"):
             engine.step()
         return [part.detach() for part in out.values()]
 
-    return Side(f"engine {name}", run, lambda: _exclusive(timer.collect()), samples, objective.flops() * clips)
+    return Side(f"engine {name}", run, lambda: _exclusive(timer.collect()), samples, objective.flops() * clips, feed)
 
 
 def watch(objective: DistillationObjective, student: nn.Module) -> PhaseTimer:
     """Times the engine's parts by hooks on its modules."""
-    timer = PhaseTimer(CPU)
+    timer = PhaseTimer(DEVICE)
     parts = [("student", student)]
     parts += [(name.replace("_", " "), part) for name, part in objective.named_children() if name != "model"]
     decoders = [student.decoder_img, student.decoder_vid]
@@ -192,9 +216,7 @@ def measure(sides: Sequence[Side], rounds: int) -> dict[str, list[dict[str, floa
     for number in range(rounds):
         first = number % len(sides)
         for side in (*sides[first:], *sides[:first]):
-            start = time.perf_counter()
-            side.run()
-            total = time.perf_counter() - start
+            total = clock(side.run, DEVICE.type)
             found[side.name].append({**side.phases(), "total": total})
     return found
 
@@ -251,11 +273,26 @@ def tables(rows: list[dict]) -> list[Table]:
         )
     parts = Table(title="seconds by phase", title_justify="left")
     parts.add_column("side", no_wrap=True)
-    for name in PHASES:
+    phases = [name for name in PHASES if name != DATA or any(DATA in row["seconds"] for row in rows)]
+    for name in phases:
         parts.add_column(name, justify="right")
     for row in rows:
-        parts.add_row(row["side"], *(f"{row['seconds'].get(name, 0.0):.3f}" for name in PHASES))
+        parts.add_row(row["side"], *(f"{row['seconds'].get(name, 0.0):.3f}" for name in phases))
     return [speed, parts]
+
+
+def loading(rows: list[dict]) -> Table:
+    """What loading takes when nothing else is done, and as a share of the step beside which it is done."""
+    table = Table(title="loading alone", title_justify="left")
+    table.add_column("side", no_wrap=True)
+    for name in ("s per batch", "of the step", "s to read targets", "of the step"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = []
+        for spent in (row["load_seconds"], row["read_seconds"]):
+            cells += ["", ""] if spent is None else [f"{spent:.4f}", f"{spent / row['seconds']['total']:.2%}"]
+        table.add_row(row["side"], *cells)
+    return table
 
 
 def machine() -> dict[str, Any]:
@@ -268,7 +305,8 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "attention": implementation("attention", "cpu")[0],
+        "attention": implementation("attention", DEVICE.type)[0],
+        **({"device": torch.cuda.get_device_name()} if DEVICE.type == "cuda" else {}),
     }
 
 
@@ -281,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--recipes", default="exact", help=f"comma-separated, or all: {', '.join(RECIPES)} (default: %(default)s)"
     )
+    parser.add_argument("--data", metavar="LIST", help="a short list of clips to load beside the step, and to store")
     parser.add_argument("--fp32", action="store_true", help="also the yardstick in float32")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args(argv)
@@ -288,30 +327,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = list(RECIPES) if args.recipes == "all" else args.recipes.split(",")
     if unknown := [name for name in names if name not in RECIPES]:
         parser.error(f"--recipes: {unknown[0]!r} is unknown; there are: all, {', '.join(RECIPES)}")
-    start_distributed()
+    with distributed(), tempfile.TemporaryDirectory() as folder:
+        _bench(args, config, names, Path(folder))
+    return 0
+
+
+def _bench(args: argparse.Namespace, config: RunConfig, names: Sequence[str], folder: Path) -> None:
     precisions = dict.fromkeys([config.precision, *(["fp32"] if args.fp32 else [])])
-    sides = [yardstick_side(config, args.batch, precision) for precision in precisions]
-    sides += [engine_side(load_config(args.config, [*args.set, *RECIPES[name]]), args.batch, name) for name in names]
+    sides = [yardstick_side(config, precision, args, folder) for precision in precisions]
+    sides += [engine_side(name, args, folder) for name in names]
     losses = check_losses(sides, tolerance(config))
-    memory = {side.name: memory_of(side.run, "cpu").temporary for side in sides}
+    memory = {side.name: memory_of(side.run, DEVICE.type).temporary for side in sides}
     rounds = measure(sides, args.rounds)
     own = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    peaks = {"run": gemm_peak("cpu", own), "fp32": gemm_peak("cpu", torch.float32)}
+    peaks = {"run": gemm_peak(DEVICE.type, own), "fp32": gemm_peak(DEVICE.type, torch.float32)}
     rows = summarise(sides, rounds, peaks)
-    for row in rows:
-        row |= {"temporary_bytes": memory[row["side"]], "losses": losses[row["side"]]}
+    for row, side in zip(rows, sides, strict=True):
+        row |= {"temporary_bytes": memory[side.name], "losses": losses[side.name]}
+        if side.feed:
+            row |= {"load_seconds": side.feed.load_seconds(), "read_seconds": side.feed.read_seconds()}
+            side.feed.loader.close()
     console = Console(width=max(140, Console().width), highlight=False)
-    for table in tables(rows):
+    for table in (*tables(rows), *([loading(rows)] if args.data else [])):
         console.print(table)
+    batches = "the same batch in every step" if args.data else "no loading"
     console.print(
         f"medians of {args.rounds} rounds, sides in turn; ratios per student sample; peak: of torch's matrix product, "
         f"{peaks['run'] / 1e9:.0f} GFLOP/s in {config.precision}, {peaks['fp32'] / 1e9:.0f} in fp32; MiB: allocated by "
-        "a step at most; learning rate 0, random weights, no decoding"
+        f"a step at most; learning rate 0, random weights, {batches}"
     )
     if args.json:
         content = {"config": config.name, "clips": args.batch, "rounds": args.rounds, "machine": machine()}
         write_text(Path(args.json), json.dumps({**content, "peaks": peaks, "sides": rows}, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -44,6 +44,18 @@ def _train(argv: Arguments) -> int | None:
     return train(argv)
 
 
+def _finetune(argv: Arguments) -> int | None:
+    from mvd_fast.finetune import main as finetune
+
+    return finetune(argv)
+
+
+def _evaluate(argv: Arguments) -> int | None:
+    from mvd_fast.downstream.evaluate import main as evaluate
+
+    return evaluate(argv)
+
+
 def _doctor(argv: Arguments) -> int | None:
     argparse.ArgumentParser(f"{PROGRAM} doctor", description=COMMANDS["doctor"].summary).parse_args(argv)
     from mvd_fast.doctor import main as doctor
@@ -78,6 +90,12 @@ def _bench_step(argv: Arguments) -> int | None:
     return import_module("step").main(argv)
 
 
+def _plan(argv: Arguments) -> int | None:
+    from mvd_fast.planning.plan import main as plan
+
+    return plan(argv)
+
+
 def _probe(argv: Arguments) -> int | None:
     from mvd_fast.downstream.commands import probe_main
 
@@ -88,6 +106,18 @@ def _features(argv: Arguments) -> int | None:
     from mvd_fast.downstream.commands import features_main
 
     return features_main(argv)
+
+
+def _ava_map(argv: Arguments) -> int | None:
+    from mvd_fast.downstream.ava_commands import map_main
+
+    return map_main(argv)
+
+
+def _ava_evaluate(argv: Arguments) -> int | None:
+    from mvd_fast.downstream.ava_commands import evaluate_main
+
+    return evaluate_main(argv)
 
 
 def _data(argv: Arguments) -> int | None:
@@ -153,13 +183,18 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(_train, "train one config; the same as mvd_fast/train.py"),
+    "finetune": Command(_finetune, "train a classifier on labelled videos; the same as mvd_fast/finetune.py"),
+    "evaluate": Command(_evaluate, "test a classifier on a list with several views of each video"),
     "demo": Command(_demo, "make a small video set, train both teachers and a student on it, and write a report"),
     "data": Command(_data, "look after data: `data check LIST` scans every file of a list"),
     "teachers": Command(_teachers, "`teachers cache --config FILE` stores the teachers' features, once for all epochs"),
     "convert": Command(_convert, "a checkpoint in the names and files of MVD, VideoMAE, Hugging Face or timm"),
     "probe": Command(_probe, "classify clips from a checkpoint's frozen features: linear, k-NN, attentive"),
     "features": Command(_features, "store a checkpoint's features of videos"),
+    "ava-map": Command(_ava_map, "AVA's frame mAP of a file of detections, by the official protocol"),
+    "ava-evaluate": Command(_ava_evaluate, "AVA's frame mAP of a trained action detector; writes its detections"),
     "config": Command(_config, "`config list` names the recipes, `config show CONFIG` prints a resolved one"),
+    "plan": Command(_plan, "what a run will take on GPUs that need not be there: memory, time, decoding, storage"),
     "bench": Command(_bench, "`bench step` times the training step against the authors' way of computing it"),
     "doctor": Command(_doctor, "print versions, devices, and which implementation each op uses and why"),
 }

@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Fields of ModelConfig that pre-training networks do without.
+OF_FINE_TUNING = ("num_classes", "init", "head_dropout")
+
 Precision = Literal["fp32", "bf16"]
 TeacherPrecision = Literal["fp32", "bf16", "int8", "fp8"]
 Fraction = Field(ge=0.0, le=1.0)
@@ -28,7 +31,7 @@ class Strict(BaseModel):
 class ModelConfig(Strict):
     """The network that is trained. `kind` is the name of a module in `mvd_fast/models/`."""
 
-    kind: str = Field("student", description="module of mvd_fast/models: student, videomae, mae, ...")
+    kind: str = Field("student", description="module of mvd_fast/models: student, videomae, mae, classifier, ...")
     image_size: PositiveInt = Field(224, description="side of the square input, pixels")
     patch_size: PositiveInt = Field(16, description="side of a patch, pixels")
     num_frames: PositiveInt = Field(16, description="frames of a clip; 1 for images")
@@ -36,9 +39,12 @@ class ModelConfig(Strict):
     embed_dim: PositiveInt
     depth: PositiveInt
     num_heads: PositiveInt
-    decoder_dim: PositiveInt
-    decoder_depth: PositiveInt
-    decoder_heads: PositiveInt
+    decoder_dim: PositiveInt | None = Field(None, description="width of a pre-training network's decoders")
+    decoder_depth: PositiveInt | None = Field(None, description="blocks of each decoder")
+    decoder_heads: PositiveInt | None = Field(None, description="attention heads of each decoder")
+    num_classes: PositiveInt | None = Field(None, description="of a network that is fine-tuned; AVA: the last action")
+    init: str = Field("", description="checkpoint whose encoder a fine-tuned network starts from; empty: from scratch")
+    head_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="classifier: dropout before the head")
     drop_path: float = Field(0.0, ge=0.0, lt=1.0, description="stochastic depth rate of the last block")
     activation_checkpointing: bool = Field(False, description="recompute block activations in backward")
 
@@ -53,7 +59,8 @@ class ModelConfig(Strict):
         _require_divisible(self, "image_size", "patch_size")
         _require_divisible(self, "num_frames", "tubelet_size")
         _require_divisible(self, "embed_dim", "num_heads")
-        _require_divisible(self, "decoder_dim", "decoder_heads")
+        if self.decoder_dim and self.decoder_heads:
+            _require_divisible(self, "decoder_dim", "decoder_heads")
         return self
 
 
@@ -96,7 +103,9 @@ class TeachersConfig(Strict):
 class ObjectiveConfig(Strict):
     """What is minimised. `kind` is the name of a module in `mvd_fast/objectives/`."""
 
-    kind: str = Field("distillation", description="module of mvd_fast/objectives: distillation, pixel, ...")
+    kind: str = Field(
+        "distillation", description="module of mvd_fast/objectives: distillation, pixel, classification, ..."
+    )
     image_weight: float = Field(1.0, ge=0.0, description="weight of the image teacher's loss")
     video_weight: float = Field(1.0, ge=0.0, description="weight of the video teacher's loss")
     normalize_targets: bool = Field(
@@ -111,17 +120,29 @@ class ObjectiveConfig(Strict):
 class DataConfig(Strict):
     """Where clips come from. `kind` is the name of a module in `mvd_fast/data/kinds/`."""
 
-    kind: str = Field("video", description="module of mvd_fast/data/kinds: video, frame, image, ...")
+    kind: str = Field("video", description="module of mvd_fast/data/kinds: video, labelled, frame, image, ava, ...")
     train: str = Field(description="list file (`path label` a line) or folder of class folders")
     root: str = Field("", description="folder that relative paths in the list start from; empty: the list's folder")
     sampling_rate: PositiveInt = Field(4, description="take every n-th frame")
-    clip: Literal["random", "center"] = Field("random", description="where in the video a clip starts")
-    crop: Literal["multiscale", "random_resized", "center"] = Field(
-        "multiscale", description="VideoMAE's multi-scale crop, MAE's random resized crop, or the largest centre square"
+    clip: Literal["random", "center", "segments"] = Field(
+        "random",
+        description="where in the video a clip starts; segments (labelled): one random frame of each of as many equal "
+        "parts of the video as a clip has frames",
+    )
+    crop: Literal["multiscale", "random_resized", "center", "whole"] = Field(
+        "multiscale",
+        description="VideoMAE's multi-scale crop, MAE's random resized crop, the largest centre square, or the whole "
+        "frame made square",
     )
     scales: tuple[PositiveFloat, ...] = Field((1.0, 0.875, 0.75, 0.66), description="multiscale: parts of the side")
     area: tuple[PositiveFloat, PositiveFloat] = Field((0.2, 1.0), description="random_resized: range of the area kept")
     flip: float = Field(0.0, ge=0.0, le=1.0, description="probability of a horizontal flip")
+    excluded: str = Field("", description="ava: file of the key frames to leave out (`video,timestamp` a line)")
+    first_second: int = Field(0, ge=0, description="ava: the second that whole videos start at; 900 for cut ones")
+    box_jitter: tuple[float, float] = Field(
+        (0.2, 0.1),
+        description="ava: share of a box's width and height that its sides move outwards at most in training",
+    )
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     mask_ratio: float = Field(0.9, gt=0.0, lt=1.0, description="share of tokens masked; the same in every time slice")
@@ -132,6 +153,40 @@ class DataConfig(Strict):
     workers: int = Field(0, ge=0, description="processes that read and (H.264 on CPU) decode; 0: inside this process")
     prefetch: PositiveInt = Field(2, description="batches prepared ahead")
     max_bad_share: float = Field(0.05, ge=0.0, le=1.0, description="stop when more than this share of files is bad")
+
+
+class RandAugmentConfig(Strict):
+    """RandAugment (Cubuk et al. 2020) with timm's increasing severities, the same for all frames of a clip."""
+
+    layers: int = Field(0, ge=0, description="operations drawn per sample, each done with probability 1/2; 0: none")
+    magnitude: float = Field(7.0, ge=0.0, le=10.0, description="mean severity, of 10")
+    deviation: float = Field(0.5, ge=0.0, description="standard deviation of the severity")
+
+
+class AugmentConfig(Strict):
+    """What fine-tuning does to labelled clips besides crop and flip; all off by default."""
+
+    repeats: PositiveInt = Field(1, description="differently augmented copies of each clip in a batch")
+    rand_augment: RandAugmentConfig = RandAugmentConfig()
+    random_erasing: float = Field(0.0, ge=0.0, le=1.0, description="probability that a box is filled with noise")
+    mixup: float = Field(0.0, ge=0.0, le=2.0, description="alpha of the beta distribution; 0: none")
+    cutmix: float = Field(0.0, ge=0.0, le=2.0, description="alpha of the beta distribution; 0: none")
+    mix_probability: float = Field(1.0, ge=0.0, le=1.0, description="that a micro batch is mixed")
+    cutmix_probability: float = Field(0.5, ge=0.0, le=1.0, description="that it is cutmix where both are on")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="share of the target spread over all classes")
+
+
+class EvaluationConfig(Strict):
+    """Testing on labelled videos: one central view after each epoch, `clips` x `crops` views by `mvd-fast evaluate`."""
+
+    list: str = Field("", description="labelled videos to validate on after each epoch; empty: no validation")
+    root: str = Field("", description="folder that relative paths in the list start from; empty: the list's folder")
+    sampling: Literal["dense", "uniform"] = Field(
+        "dense", description="clips of every n-th frame along the video (K400), or frames from all over it (SSv2)"
+    )
+    clips: PositiveInt = Field(5, description="views in time")
+    crops: PositiveInt = Field(3, description="views along the longer side of the frame")
+    batch: PositiveInt = Field(16, description="views at once on each rank")
 
 
 class BatchConfig(Strict):
@@ -152,6 +207,12 @@ class OptimConfig(Strict):
     warmup_epochs: int = Field(40, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
+    layer_decay: float = Field(
+        1.0, gt=0.0, le=1.0, description="factor of the learning rate from each block to the one below; 1: all the same"
+    )
+    ema: float = Field(
+        0.0, ge=0.0, lt=1.0, description="decay of averaged weights, which are validated and exported; 0: none"
+    )
     weight_decay: float = Field(0.05, ge=0.0, description="none on 1-D tensors and biases; mask tokens are decayed")
     clip_grad: float = Field(0.0, ge=0.0, description="global gradient norm limit; 0: no clipping, as the recipes do")
 
@@ -183,6 +244,8 @@ class RunConfig(Strict):
     objective: ObjectiveConfig = ObjectiveConfig()
     teachers: TeachersConfig = TeachersConfig()
     data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     batch: BatchConfig
     optim: OptimConfig
     checkpoint: CheckpointConfig = CheckpointConfig()

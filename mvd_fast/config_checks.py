@@ -12,14 +12,27 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mvd_fast.config import DataConfig, RunConfig, TeacherConfig
+from mvd_fast.config import AugmentConfig, DataConfig, EvaluationConfig, RunConfig, TeacherConfig
 
 PACKAGE = Path(__file__).parent
 
 # What the project's own kinds go with. A kind that is not listed (a user's own file) is not restricted.
-TEACHERS_OF_OBJECTIVE = {"distillation": ("image", "video"), "pixel": ()}
-OBJECTIVE_OF_MODEL = {"student": "distillation", "videomae": "pixel", "mae": "pixel"}
-DATA_OF_MODEL = {"student": ("video",), "videomae": ("video",), "mae": ("image", "frame")}
+TEACHERS_OF_OBJECTIVE = {"distillation": ("image", "video"), "pixel": (), "classification": (), "actions": ()}
+OBJECTIVE_OF_MODEL = {
+    "student": "distillation",
+    "videomae": "pixel",
+    "mae": "pixel",
+    "classifier": "classification",
+    "detector": "actions",
+}
+DATA_OF_MODEL = {
+    "student": ("video",),
+    "videomae": ("video",),
+    "mae": ("image", "frame"),
+    "classifier": ("labelled",),
+    "detector": ("ava",),
+}
+DECODERS_OF_MODEL = {"student": True, "videomae": True, "mae": True, "classifier": False, "detector": False}
 ROLE_OF_TEACHER = {"mae": "image", "videomae": "video"}
 SINGLE_IMAGE_DATA = ("image", "frame")
 
@@ -88,6 +101,8 @@ def faults(config: RunConfig) -> list[str]:
         _teacherless_faults,
         _cache_faults,
         _partner_faults,
+        _part_faults,
+        _classifier_faults,
         _shape_faults,
         _batch_faults,
         _deepspeed_faults,
@@ -171,6 +186,41 @@ def _partner_faults(config: RunConfig) -> Iterator[str]:
     accepted = DATA_OF_MODEL.get(model, (data,))
     if data in {kind for kinds in DATA_OF_MODEL.values() for kind in kinds} and data not in accepted:
         yield f"data.kind: model {model!r} takes {_either(accepted)}, not {data!r}"
+
+
+def _part_faults(config: RunConfig) -> Iterator[str]:
+    """What pre-training networks have and fine-tuned ones have not, and the reverse."""
+    model = config.model
+    decodes = DECODERS_OF_MODEL.get(model.kind)
+    decoder, tuned = ("decoder_dim", "decoder_depth", "decoder_heads"), ("num_classes", "init")
+    for field in decoder if decodes else ("num_classes",) if decodes is False else ():
+        if getattr(model, field) is None:
+            yield f"model.{field} is missing; model {model.kind!r} needs it"
+    for field in tuned if decodes else decoder if decodes is False else ():
+        if getattr(model, field):
+            yield f"model.{field}: model {model.kind!r} has no use for it: remove it"
+    if config.optim.layer_decay != 1.0 and decodes:
+        yield f"optim.layer_decay: it is for fine-tuning, and model {model.kind!r} is pre-trained: remove it"
+
+
+def _classifier_faults(config: RunConfig) -> Iterator[str]:
+    """What only classifiers and their clips have."""
+    kind = config.model.kind
+    if kind in DECODERS_OF_MODEL and kind != "classifier":
+        for path, off in (
+            ("model.head_dropout", config.model.head_dropout == 0.0),
+            ("optim.ema", config.optim.ema == 0.0),
+            ("augment", config.augment == AugmentConfig()),
+            ("evaluation", config.evaluation == EvaluationConfig()),
+            ("data.clip", config.data.clip != "segments"),
+        ):
+            if not off:
+                yield f"{path}: it is for fine-tuning a classifier, and model {kind!r} has no use for it: remove it"
+    if kind == "classifier" and config.model.num_classes == 1:
+        yield "model.num_classes: got 1; a classifier needs at least 2"
+    mixes = config.augment.mixup or config.augment.cutmix
+    if mixes and config.augment.mix_probability and (config.batch.micro or config.batch.size) < 2:
+        yield "augment.mixup: a single clip has no other to be mixed with; raise batch.micro, or switch mixing off"
 
 
 def _shape_faults(config: RunConfig) -> Iterator[str]:
@@ -280,6 +330,18 @@ def _deepspeed_faults(config: RunConfig) -> Iterator[str]:
 def missing_files(config: RunConfig) -> list[str]:
     """One sentence for each input that is not on disk, saying how to get it. Paths start at the working directory."""
     found = list(_missing_data(config.data))
+    if config.data.excluded and not Path(config.data.excluded).is_file():
+        found.append(f"data.excluded: {config.data.excluded} does not exist; give AVA's file, or leave it empty")
+    if config.model.init and not Path(config.model.init).exists():
+        found.append(
+            f"model.init: {config.model.init} does not exist; name a pre-trained run or checkpoint, or leave it empty "
+            "to train from scratch"
+        )
+    if config.evaluation.list and not Path(config.evaluation.list).exists():
+        found.append(
+            f"evaluation.list: {config.evaluation.list} does not exist; name a list of `path label` lines to validate "
+            "on, or leave it empty"
+        )
     for role, teacher in _teachers(config).items():
         if not Path(teacher.checkpoint).is_file():
             found.append(_missing_teacher(role, teacher))
@@ -292,6 +354,8 @@ def _missing_data(data: DataConfig) -> Iterator[str]:
         f"give a text file with one of the {what} a line (path, then label) or a folder of class folders: "
         "--set data.train=PATH"
     )
+    if data.kind == "ava":
+        ways = "give AVA's file of annotations, such as ava_train_v2.2.csv: --set data.train=PATH"
     if not train.exists():
         yield f"data.train: {data.train} does not exist; {ways}"
     elif train.is_dir() and not any(train.iterdir()):

@@ -38,6 +38,9 @@ def report() -> str:
         ("Native code", native_code),
     )
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    for _ in range(2):
+        table.add_column(overflow="fold")  # on a narrow terminal, too, no error loses its end
     for title, section in sections:
         table.add_row(f"[bold]{title}[/bold]")
         for row in _collect(section):

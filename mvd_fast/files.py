@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # What a finished run leaves in its folder, for the next stage and for readers.
+BEST = "best.safetensors"  # of the epoch that validated best
 WEIGHTS = "model.safetensors"
 SUMMARY = "summary.json"
 

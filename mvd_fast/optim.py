@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adamw import MasterAdamW
 from .config import OptimConfig
 
 
@@ -48,9 +49,16 @@ def parameter_groups(
     return list(groups.values())
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; the learning rate is set every update by `set_lr`."""
-    groups = parameter_groups(model.named_parameters(), config.weight_decay)
+def build_optimizer(model: nn.Module, config: OptimConfig, own_masters: bool = False) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; the learning rate is set every update by `set_lr`.
+
+    With `layer_decay` the model's `blocks` learn the more slowly the further they are from the head.
+    own_masters: `MasterAdamW`, which clips gradients by itself.
+    """
+    scale = [layer_scale(len(model.blocks), config.layer_decay)] if config.layer_decay != 1.0 else []
+    groups = parameter_groups(model.named_parameters(), config.weight_decay, *scale)
+    if own_masters:
+        return MasterAdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, clip_grad=config.clip_grad)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -21,18 +21,25 @@ from .files import write_text
 QUIET_INTERVAL = 20.0
 
 
-def measure_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of a square matrix product in `dtype`: the best of a few runs, what the machine can reach."""
-    size = size if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(4):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
+def measure_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s of a square matrix product in `dtype`: the best of a few runs, what the machine can reach.
+
+    size: of the matrices' sides, at most. A product that takes a tenth of a second is large enough: CPUs without bf16
+    arithmetic would need minutes for larger ones.
+    """
+    limit = size or (2048 if device.type == "cpu" else 8192)
+    for side in (side for side in (limit // 8, limit // 4, limit // 2, limit) if side):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        best = float("inf")
+        for _ in range(4):
+            synchronize(device)
+            start = time.perf_counter()
+            a @ b
+            synchronize(device)
+            best = min(best, time.perf_counter() - start)
+        if best > 0.1:
+            break
+    return 2.0 * side**3 / best
 
 
 def synchronize(device: torch.device) -> None:
@@ -186,6 +193,16 @@ class ProgressLine:
         if note is not None:
             self._bar.update(self._task, note=note)
             self._maybe_print(note)
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self._live or self._plain:
+            self._console.print(f"{self._title} {line}", highlight=False, soft_wrap=True)
+
+    def tell(self, note: str) -> None:
+        """Says what goes on between two updates; at once on a terminal only."""
+        self._bar.update(self._task, note=note)
+        self._bar.refresh()
 
     def _maybe_print(self, note: str) -> None:
         now = time.monotonic()

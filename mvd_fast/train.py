@@ -18,8 +18,10 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
 import argparse  # noqa: E402
 import logging  # noqa: E402
 import socket  # noqa: E402
-from collections.abc import MutableMapping, Sequence  # noqa: E402
+from collections.abc import Callable, Iterator, MutableMapping, Sequence  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 
+from mvd_fast.config import RunConfig  # noqa: E402
 from mvd_fast.config_file import ConfigError, add_train_arguments, config_from_arguments, missing_files  # noqa: E402
 from mvd_fast.errors import is_users_to_mend  # noqa: E402
 
@@ -30,13 +32,22 @@ TASK_VARIABLES = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Trains one config; 0 when the schedule is finished, 2 for a user's error, 143 after SIGTERM."""
-    parser = argparse.ArgumentParser(prog="mvd_fast/train.py", description="train one config")
+def main(
+    argv: Sequence[str] | None = None,
+    program: str = "mvd_fast/train.py",
+    purpose: str = "train one config",
+    check: Callable[[RunConfig], None] = lambda config: None,
+) -> int:
+    """Trains one config; 0 when the schedule is finished, 2 for a user's error, 143 after SIGTERM.
+
+    `program` and `purpose` are for the help text; `check` may refuse a config with a ConfigError.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=purpose)
     add_train_arguments(parser)
     args = parser.parse_args(argv)
     try:
         config = config_from_arguments(args)
+        check(config)
         if missing := missing_files(config):
             raise ConfigError("\n".join(missing))
         return _run(config, args.resume)
@@ -47,29 +58,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def start_distributed() -> None:
-    """This process as one rank of DeepSpeed's group: as a launcher says, or alone."""
+@contextmanager
+def distributed() -> Iterator[None]:
+    """This process as one rank of DeepSpeed's group, as a launcher says or alone.
+
+    The group is left at the end: a process that exits as a member may be aborted by the group's threads.
+    """
     _adopt_ranks(os.environ)
     _quiet_logs()
     import deepspeed
-
-    deepspeed.init_distributed()
-
-
-def _run(config, resume: str) -> int:
-    start_distributed()
     import torch.distributed as dist
 
-    from mvd_fast.trainer import NonFiniteLossError, Trainer
-
+    deepspeed.init_distributed()
     try:
-        return 0 if Trainer(config, resume).fit() else 143
-    except NonFiniteLossError as error:
-        _complain(error)
-        return 1
+        yield
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _run(config, resume: str) -> int:
+    with distributed():
+        from mvd_fast.trainer import NonFiniteLossError, Trainer
+
+        try:
+            return 0 if Trainer(config, resume).fit() else 143
+        except NonFiniteLossError as error:
+            _complain(error)
+            return 1
 
 
 def _quiet_logs() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -17,12 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checkpoint
+from .averages import WeightAverage
 from .config import RunConfig
 from .config_file import check_batch, save_config
 from .data import build_loader
-from .files import SUMMARY, WEIGHTS, write_text
+from .downstream.views import Validation
+from .engine import backward, full_weights, local_gradient_norm, start_engine
+from .files import BEST, SUMMARY, WEIGHTS, write_text
+from .machine import has_fast_bf16
 from .objectives import build_objective
-from .optim import build_optimizer, learning_rate, set_lr
+from .optim import learning_rate, set_lr
 from .targets.store import open_targets
 from .teachers import DTYPES
 from .telemetry import LossWindow, PhaseTimer, ProgressLine, RunLog, measure_peak
@@ -54,10 +57,16 @@ class Trainer:
         self.per_epoch = self.loader.updates_per_epoch
         self.total = config.optim.epochs * self.per_epoch
         self._build_engine()
+        self.average = WeightAverage(self.engine, config.optim.ema) if config.optim.ema else None
+        self.validation = Validation(config, self.device) if config.evaluation.list else None
         self.update, self._earlier, self.window = 0, {}, LossWindow(0)
+        self.best: dict[str, Any] = {}  # of all validations
         if start:
-            self.update, window = checkpoint.load(self.engine, start, config.precision)
-            self.window.restore(window, self.device)
+            self.update, state = checkpoint.load(self.engine, start, config.precision)
+            self.window.restore(state, self.device)
+            self.best = state.get("best", {})
+            if self.average:
+                self.average.restore(state.get("average"), start)
             self._earlier = _read_summary(self.run_dir)
         self.timer = PhaseTimer(self.device)
         self._watch_phases()
@@ -71,6 +80,7 @@ class Trainer:
                 found[0] = checkpoint.find_start(self.run_dir, resume)
                 if found[0]:
                     _warn_of_changes(self.config, self.run_dir)
+                _warn_of_slow_bf16(self.config)
             except ValueError as error:
                 found[0] = error
         dist.broadcast_object_list(found)
@@ -86,11 +96,7 @@ class Trainer:
         self._parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
         # Frozen tables would be rounded to the engine's precision; exports take them from here.
         self._tables = {n: p.detach().clone() for n, p in network.named_parameters() if not p.requires_grad}
-        self.engine, *_ = deepspeed.initialize(
-            model=network,
-            optimizer=build_optimizer(network, config.optim),
-            config=deepspeed_config(config, self.micro, self.accumulation),
-        )
+        self.engine = start_engine(network, config, self.micro, self.accumulation)
         self.engine.checkpoint_engine = checkpoint.SafeTorchEngine(self.engine._config)
         self.objective.model = self.engine
         self.objective.to(self.device)  # teachers: outside the engine
@@ -130,16 +136,35 @@ class Trainer:
             for number in range(self.accumulation):
                 self.window.add(self._micro_step(batches, number, logged))
             self.update += 1
+            if self.average:
+                self.average.follow(self.engine)
             if logged:
                 self._log()
             else:
                 self.progress.advance()
+            if self.validation and self.update % self.per_epoch == 0:
+                self._validate()
             stop = self._stop.requested() and not last
             if stop or last or self._is_save_due():
                 self._save()
             if stop:
                 return False
         return True
+
+    def _validate(self) -> None:
+        """One view of every video of `evaluation.list` (collective); the best weights so far are kept."""
+        with self.timer.phase("validation"):
+            network = self.average.network(self.engine) if self.average else self.engine.module
+            found = self.validation.run(network, self.engine.module, self.progress.tell)
+            found |= {"update": self.update, "epoch": self.update // self.per_epoch}
+            if found["top1"] > self.best.get("top1", -1.0):
+                self.best = found
+                weights = self._trained_weights()
+                if self.rank == 0:
+                    checkpoint.write_weights(weights, self.run_dir / BEST)
+        if self.rank == 0:
+            self.run_log.write({"update": self.update, "validation": found})
+        self.progress.say(f"epoch {found['epoch']}: validation top-1 {found['top1']:.2%}, best {self.best['top1']:.2%}")
 
     def _lr(self, update: int) -> float:
         return learning_rate(update, self.per_epoch, self.config.optim, self.config.batch.size)
@@ -152,7 +177,7 @@ class Trainer:
         out = self.objective(batch)
         guard = LossGuard(out["loss"])
         with self.timer.phase("backward"):
-            self.engine.backward(out["loss"])
+            backward(self.engine, out["loss"])
         if not guard.is_finite():
             self._stop_non_finite(guard.value, batch)
         if logged and number + 1 == self.accumulation:
@@ -176,9 +201,13 @@ class Trainer:
     def _save(self) -> None:
         with self.timer.phase("checkpoint"):
             weights = self._full_weights()
-            window = {"first": self.window.first, "sums": self._over_ranks(self.window.sums)}
+            state = {"first": self.window.first, "sums": self._over_ranks(self.window.sums)}
+            if self.validation:
+                state["best"] = self.best
+            if self.average:
+                state["average"] = self.average.state()
             keep, precision = self.config.checkpoint.keep_last, self.config.precision
-            checkpoint.save(self.engine, weights, window, self.run_dir, self.update, precision, keep)
+            checkpoint.save(self.engine, weights, state, self.run_dir, self.update, precision, keep)
             self._write_summary(finished=self.update == self.total)
 
     def _full_weights(self) -> dict[str, Tensor]:
@@ -198,9 +227,14 @@ class Trainer:
 
     def _export(self) -> None:
         """The trained network's weights, where the next stage looks for them."""
-        weights = self._full_weights()
+        weights = self._trained_weights()
         if self.rank == 0:
             checkpoint.write_weights(weights, self.run_dir / WEIGHTS)
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        """What is validated and exported (collective): the averaged weights where there are any."""
+        weights = self._full_weights()
+        return weights | self.average.state() if self.average and self.rank == 0 else weights
 
     def _over_ranks(self, losses: dict[str, Tensor]) -> dict[str, float]:
         """Means over the ranks, fetched from the device in one go (collective)."""
@@ -226,6 +260,7 @@ class Trainer:
             "parameters": self._parameters,
             "replaced_samples": self._earlier.get("replaced_samples", 0) + sum(replaced for _, replaced in found),
             "bad_files": bad_files,
+            **({"best": self.best} if self.validation else {}),
         }
         write_text(self.run_dir / SUMMARY, json.dumps(summary, indent=1))
 
@@ -325,25 +360,6 @@ class StopSignal:
         return agreed
 
 
-def deepspeed_config(config: RunConfig, micro: int, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's own config: the run's `deepspeed` block plus what the run's fields decide."""
-    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    # Many bf16 gradients summed in bf16 lose their small parts; ZeRO 0 knows no other way.
-    sum_in_fp32 = config.precision == "bf16" and accumulation > 1 and stage > 0
-    return {
-        # ZeRO-Offload with torch's AdamW is the user's choice, not an error.
-        "zero_force_ds_cpu_optimizer": False,
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if sum_in_fp32 else {}),
-        **copy.deepcopy(config.deepspeed),
-        "train_batch_size": config.batch.size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip_grad,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "steps_per_print": None,
-    }
-
-
 def step_seed(seed: int, update: int, micro: int, rank: int) -> int:
     """The seed of one micro batch's random numbers on one rank, a 64-bit hash of its arguments."""
     return int(np.random.SeedSequence((seed, update, micro, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -360,6 +376,20 @@ def _warn_of_changes(config: RunConfig, run_dir: Path) -> None:
         log.warning("%s was started with other settings: %s", run_dir, ", ".join(changed))
 
 
+def _warn_of_slow_bf16(config: RunConfig) -> None:
+    """Says so where bf16 is wanted of a CPU that has no arithmetic for it."""
+    asked = {"precision": config.precision}
+    for role in () if config.teachers.cache.path else ("image", "video"):
+        if teacher := getattr(config.teachers, role):
+            asked[f"teachers.{role}.precision"] = teacher.precision
+    slow = [name for name, precision in asked.items() if precision == "bf16"]
+    if slow and not has_fast_bf16():
+        log.warning(
+            "this CPU has no bf16 arithmetic, and is many times faster in float32: %s",
+            " ".join(f"--set {name}=fp32" for name in slow),
+        )
+
+
 def _read_summary(run_dir: Path) -> dict[str, Any]:
     """The summary that the newest checkpoint's save left; empty where there is none."""
     file = run_dir / SUMMARY
@@ -371,35 +401,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def local_gradient_norm(engine: Any) -> Tensor | None:
-    """The gradient norm before the step, where DeepSpeed does not compute it itself (ZeRO 0 in fp32)."""
-    if hasattr(engine.optimizer, "_global_grad_norm"):
-        return None
-    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-
-
-def full_weights(engine: Any, tables: dict[str, Tensor], keep: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """The network's float32 state dict from the optimiser's master weights (collective), and what in it is not finite.
-
-    tables: frozen parameters in full precision. keep: whether this rank wants the weights; else they are dropped one
-    by one as they are gathered.
-    """
-    weights, spoiled = {}, []
-    for name, parameter in engine.module.named_parameters():
-        value = (tables[name] if name in tables else master_weight(parameter)).detach()
-        if not value.isfinite().all():
-            spoiled.append(name)
-        if keep:
-            weights[name] = value.to("cpu", torch.float32, copy=True).contiguous()
-    return weights, spoiled
-
-
-def master_weight(parameter: torch.nn.Parameter) -> Tensor:
-    """The float32 value behind a parameter: the optimiser's master copy, or the parameter where it is its own."""
-    full = deepspeed.utils.safe_get_full_fp32_param(parameter)
-    return parameter if full is None else full
 
 
 def _note(record: dict[str, Any]) -> str:

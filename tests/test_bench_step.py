@@ -20,12 +20,12 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """A run of all recipes, all in fp32, so that losses are comparable."""
-    file = tmp_path_factory.mktemp("bench") / "step.json"
-    result = bench(
-        "--config", "demo/student", "--batch", "2", "--rounds", "2", "--recipes", "all", "--json", str(file), *FP32
-    )
+    folder = tmp_path_factory.mktemp("bench")
+    file, clips = folder / "step.json", tiny_runs.write_inputs(folder, clips=8) / "train.txt"
+    options = ("--data", str(clips), "--json", str(file), *FP32)
+    result = bench("--config", "demo/student", "--batch", "2", "--rounds", "2", "--recipes", "all", *options)
     assert result.returncode == 0, result.stderr
-    assert "seconds by phase" in result.stdout
+    assert "seconds by phase" in result.stdout and "loading alone" in result.stdout
     return json.loads(file.read_text())
 
 
@@ -57,6 +57,14 @@ def test_phases_add_up(found: dict) -> None:
         assert 0.5 * total < sum(seconds.values()) < 1.2 * total
         assert one["ratios"].keys() == {"yardstick fp32"}
     assert side(found, "yardstick fp32")["ratios"]["yardstick fp32"] == 1.0
+
+
+def test_loading_is_timed_beside_the_step_and_alone(found: dict) -> None:
+    for one in found["sides"]:
+        assert one["load_seconds"] > 0 and "data" in one["seconds"]
+        stored = "stored" in one["side"]
+        assert (one["read_seconds"] is not None) == stored
+        assert not stored or 0 < one["read_seconds"] < one["load_seconds"]
 
 
 def test_unknown_recipe_is_named() -> None:

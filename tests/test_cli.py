@@ -14,7 +14,8 @@ from mvd_fast import cli, config_checks
 from mvd_fast.config_checks import ConfigError
 from mvd_fast.config_file import add_train_arguments, config_from_arguments, load_config
 
-ALL_KINDS = ["distillation", "frame", "image", "mae", "pixel", "student", "video", "videomae"]
+REGISTRIES = ("models", "objectives", "teachers", "data/kinds")
+ALL_KINDS = sorted(path.stem for folder in REGISTRIES for path in (config_checks.PACKAGE / folder).glob("*.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +109,7 @@ def test_other_errors_keep_their_traceback(calls, monkeypatch):
     "argv, said",
     [
         (["trian"], "unknown subcommand 'trian', did you mean 'train'?"),
-        (["zzz"], "unknown subcommand 'zzz'; there are: train, demo"),
+        (["zzz"], "unknown subcommand 'zzz'; there are: train, finetune"),
         (["config", "shwo"], "unknown subcommand of config 'shwo', did you mean 'show'?"),
         (["data", "chekc"], "unknown subcommand of data 'chekc', did you mean 'check'?"),
     ],

@@ -20,10 +20,10 @@ from mvd_fast.config_file import (
 )
 
 KINDS = {
-    "models": ["mae", "student", "videomae"],
+    "models": ["classifier", "detector", "mae", "student", "videomae"],
     "teachers": ["mae", "videomae"],
-    "objectives": ["distillation", "pixel"],
-    "data/kinds": ["frame", "image", "video"],
+    "objectives": ["actions", "classification", "distillation", "pixel"],
+    "data/kinds": ["ava", "frame", "image", "labelled", "video"],
 }
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16)}
@@ -125,17 +125,84 @@ def test_recipes_share_optimiser_and_clip(name):
     optim, data = config.optim, config.data
     assert (optim.betas, optim.eps, optim.weight_decay, optim.clip_grad) == ((0.9, 0.95), 1e-8, 0.05, 0.0)
     assert optim.warmup_epochs == 40 and optim.warmup_lr == 0.0
-    assert config.precision == "bf16" and config.deepspeed == {"zero_optimization": {"stage": 1}}
+    stage = 0 if config.model.embed_dim <= 768 else 1
+    assert config.precision == "bf16" and config.deepspeed == {"zero_optimization": {"stage": stage}}
     if config.model.kind != "mae":
         assert config.model.grid == (8, 14, 14) and data.sampling_rate == 4
         assert (data.kind, data.crop, data.scales, data.flip) == ("video", "multiscale", (1, 0.875, 0.75, 0.66), 0.0)
         assert data.mask_ratio == 0.9
 
 
+# name: size, classes, peak lr per 256, epochs, batch, layer decay, drop path, head dropout, min lr per 256
+FINETUNE_TABLE = {
+    "k400_vits": ("s", 400, 5e-4, 150, 384, 0.75, 0.1, 0.0, 1e-6),
+    "k400_vitb": ("b", 400, 5e-4, 75, 384, 0.75, 0.1, 0.0, 1e-6),
+    "k400_vitl": ("l", 400, 1e-3, 50, 512, 0.75, 0.3, 0.5, 1e-6),
+    "k400_vith": ("h", 400, 1e-3, 50, 256, 0.75, 0.3, 0.5, 1e-6),
+    "ssv2_vits": ("s", 174, 1e-3, 40, 384, 0.7, 0.1, 0.0, 1e-6),
+    "ssv2_vitb": ("b", 174, 5e-4, 30, 384, 0.75, 0.1, 0.0, 1e-6),
+    "ssv2_vitl": ("l", 174, 5e-4, 30, 256, 0.75, 0.3, 0.5, 1e-6),
+    "ssv2_vith": ("h", 174, 5e-4, 30, 128, 0.75, 0.3, 0.5, 1e-5),
+    "ucf101_vitb": ("b", 101, 5e-4, 75, 384, 0.75, 0.1, 0.0, 1e-6),
+    "hmdb51_vitb": ("b", 51, 5e-4, 75, 384, 0.75, 0.1, 0.0, 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", FINETUNE_TABLE)
+def test_finetuning_recipe_equals_table(name):
+    config = load_config(f"finetune/{name}")
+    model, optim, data, augment = config.model, config.optim, config.data, config.augment
+    own = (optim.base_lr, optim.epochs, config.batch.size, optim.layer_decay, model.drop_path, model.head_dropout)
+    assert (model.num_classes, *own, optim.base_min_lr) == FINETUNE_TABLE[name][1:]
+    assert config.name == name and encoder(model) == SIZES[FINETUNE_TABLE[name][0]] and model.grid == (8, 14, 14)
+    assert (optim.betas, optim.weight_decay, optim.warmup_epochs, optim.ema) == ((0.9, 0.999), 0.05, 5, 0.0)
+    assert (data.kind, data.crop, data.area, data.sampling_rate) == ("labelled", "random_resized", (0.08, 1.0), 4)
+    assert (augment.rand_augment.layers, augment.rand_augment.magnitude, augment.rand_augment.deviation) == (4, 7, 0.5)
+    assert (augment.repeats, augment.random_erasing, augment.label_smoothing) == (2, 0.25, 0.1)
+    mixing = augment.mixup, augment.cutmix, augment.mix_probability, augment.cutmix_probability
+    assert mixing == (0.8, 1.0, 1.0, 0.5)
+    test = config.evaluation.sampling, config.evaluation.clips, config.evaluation.crops
+    ssv2 = name.startswith("ssv2")
+    assert test == (("uniform", 2, 3) if ssv2 else ("dense", 5, 3))
+    assert (data.clip, data.flip) == (("segments", 0.0) if ssv2 else ("random", 0.5))
+
+
+@pytest.mark.parametrize(
+    "recipe, overrides, said",
+    [
+        ("finetune/k400_vitb", ["model.num_classes=null"], "model.num_classes is missing; model 'classifier' needs it"),
+        ("finetune/k400_vitb", ["model.num_classes=1"], "model.num_classes: got 1; a classifier needs at least 2"),
+        ("finetune/k400_vitb", ["model.decoder_dim=64"], "model.decoder_dim: model 'classifier' has no use for it"),
+        ("finetune/k400_vitb", ["data.kind=video"], "model 'classifier' takes 'labelled', not 'video'"),
+        ("finetune/k400_vitb", ["objective.kind=pixel"], "model 'classifier' is trained with 'classification'"),
+        ("finetune/k400_vitb", ["batch.micro=1"], "augment.mixup: a single clip has no other to be mixed with"),
+        ("finetune/k400_vitb", ["data.masks_per_clip=2"], "no teachers to share between masks"),
+        ("finetune/k400_vitb", ["optim.ema=1"], "optim.ema: got 1; it must be less than 1"),
+        ("finetune/k400_vitb", ["augment.mixup=-1"], "augment.mixup: got -1; it must be greater than or equal to 0"),
+        ("vitl", ["augment.mixup=0.8"], "augment: it is for fine-tuning a classifier, and model 'student'"),
+        ("vitl", ["optim.layer_decay=0.7"], "optim.layer_decay: it is for fine-tuning"),
+        ("vitl", ["optim.ema=0.99"], "optim.ema: it is for fine-tuning a classifier"),
+        ("vitl", ["data.clip=segments"], "data.clip: it is for fine-tuning a classifier"),
+        ("vitl", ["model.init=a.pth"], "model.init: model 'student' has no use for it"),
+        ("vitl", ["model.decoder_dim=null"], "model.decoder_dim is missing; model 'student' needs it"),
+    ],
+)
+def test_finetuning_and_pretraining_do_not_mix(recipe, overrides, said):
+    assert said in refusal(recipe, *overrides)
+
+
+def test_missing_start_and_validation_list_are_named(tmp_path):
+    overrides = [f"data.train={tmp_path}", f"model.init={tmp_path}/start.pth", f"evaluation.list={tmp_path}/val.txt"]
+    sentences = " ".join(missing_files(load_config("finetune/k400_vitb", overrides)))
+    assert "start.pth does not exist; name a pre-trained run" in sentences
+    assert "val.txt does not exist; name a list of `path label` lines" in sentences
+
+
 def test_tables_name_every_recipe_and_every_recipe_loads():
     recipes = list_recipes()
     assert {name for name in recipes if "/" not in name} == {*MVD_TABLE, *STAGE_1_TABLE}
     assert {"demo/image_teacher", "demo/video_teacher", "demo/student"} <= set(recipes)
+    assert {f"finetune/{name}" for name in FINETUNE_TABLE} <= set(recipes)
     for name, path in recipes.items():
         assert load_config(name) == load_config(str(path))
 
@@ -247,7 +314,7 @@ def test_several_faults_stand_one_a_line():
     "recipe, overrides, said",
     [
         ("vitl", ["model.kind=studnet"], "model.kind: unknown kind 'studnet', did you mean 'student'?"),
-        ("vitl", ["data.kind=zzz"], "data/kinds are: frame, image, video"),
+        ("vitl", ["data.kind=zzz"], "data/kinds are: ava, frame, image, labelled, video"),
         ("vitl", ["teachers.video.kind=vidomae"], "teachers.video.kind: unknown kind 'vidomae', did you mean 'video"),
         ("vitl", ["teachers.video=null"], "objective 'distillation' needs the video teacher: add teachers.video"),
         ("vitl", ["objective.kind=pixel", "teachers={}"], "model 'student' is trained with 'distillation'"),

@@ -18,7 +18,7 @@ import torch
 from mvd_fast import checkpoint
 from mvd_fast.config_file import load_config
 from mvd_fast.demo import digits
-from mvd_fast.demo.run import Demo
+from mvd_fast.demo import run as demo_run
 from mvd_fast.downstream.features import clip_features, slice_similarity
 from mvd_fast.downstream.probe import linear_probe
 
@@ -46,6 +46,15 @@ def test_every_clip_is_written_and_labelled(folder: Path) -> None:
         assert container.streams.video[0].codec_context.name == "vp9"
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert np.shape(frames) == (digits.FRAMES, digits.SIZE, digits.SIZE, 3)
+
+
+@pytest.mark.parametrize(("fast", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_teachers_are_bf16_where_that_is_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, precision: str
+) -> None:
+    monkeypatch.setattr(demo_run, "has_fast_bf16", lambda: fast)
+    teachers = demo_run.Demo(tmp_path, "quick", 0).config("student").teachers
+    assert (teachers.image.precision, teachers.video.precision) == (precision, precision)
 
 
 def test_the_set_is_a_function_of_its_seed(folder: Path, tmp_path: Path) -> None:
@@ -160,11 +169,11 @@ def test_the_quick_demo_from_nothing_to_the_report(tmp_path: Path) -> None:
 
 
 def test_what_builds_on_a_phase_that_ran_again_is_done_anew(tmp_path: Path) -> None:
-    with Demo(tmp_path, "quick", 0)._phase("data"):
+    with demo_run.Demo(tmp_path, "quick", 0)._phase("data"):
         pass
-    with Demo(tmp_path, "quick", 0)._phase("probes"):
+    with demo_run.Demo(tmp_path, "quick", 0)._phase("probes"):
         pass
-    later = Demo(tmp_path, "quick", 0)
+    later = demo_run.Demo(tmp_path, "quick", 0)
     assert later._is_done("data") and later._is_done("probes")
     with later._phase("data"):
         pass

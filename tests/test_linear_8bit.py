@@ -45,8 +45,11 @@ def exact(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: s
 def check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str | None = None, run=linear_8bit):
     y = run(x, weight, bias, activation)
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], len(weight.values))
-    # Sums of whole numbers are exact; scales, bias and GELU are a few roundings of fp32. FP8 is summed in fp32.
-    length = 16 + (x.shape[-1] if weight.values.dtype == torch.float8_e4m3fn else 0)
+    # Sums of whole numbers are exact; scales, bias and GELU are a few roundings of fp32. FP8 is summed in fp32, except
+    # on GPUs: Hopper keeps 14 bits when it adds products, an error of at most 2^-16 sqrt(terms) on an H100.
+    length = 16
+    if weight.values.dtype == torch.float8_e4m3fn:
+        length = (length + x.shape[-1]) * (128**2 if CUDA and in_use() == "triton" else 1)
     # The interpreter, unlike a GPU, cuts bf16 off: as far off as two roundings.
     cut = interpreting() and x.dtype == torch.bfloat16 and in_use() == "triton"
     assert_close(y, exact(x, weight, bias, activation), length, 2 if cut else 1)
@@ -87,7 +90,7 @@ def test_rows_are_rounded_as_in_the_reference(kernels, dtype):
     steps = torch.arange(-254, 255) / 2
     scales = torch.rand(40, 1, generator=generator) * 100
     x = torch.cat([steps.expand(40, -1) * scales, torch.randn(60, 509, generator=generator)]).to(kernels, dtype)
-    y = linear_8bit(x.float(), quantize_weight(torch.eye(509, device=kernels)))
+    y = linear_8bit(x.float(), quantize_weight(torch.eye(509, device=kernels), "int8"))
     values, scale = quantize_rows(x, torch.int8)
     assert torch.equal((y / scale[:, None]).round().to(torch.int8), values)
     assert values.min() == -127 and values.max() == 127

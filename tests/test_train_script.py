@@ -7,8 +7,9 @@ import tiny_runs
 
 from mvd_fast.config import RunConfig
 from mvd_fast.config_file import ConfigError
+from mvd_fast.engine import deepspeed_config
 from mvd_fast.train import _adopt_ranks
-from mvd_fast.trainer import deepspeed_config, step_seed
+from mvd_fast.trainer import step_seed
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 
@@ -49,7 +50,8 @@ def test_bf16_gradients_are_summed_in_fp32(tmp_path, precision, accumulation, st
     told = deepspeed_config(RunConfig.model_validate(content), micro=2, accumulation=accumulation)
     assert told.get("data_types", {}).get("grad_accum_dtype") == expected
     assert told["wall_clock_breakdown"] and told["gradient_clipping"] == 0.0
-    assert told["bf16"] == {"enabled": precision == "bf16"}
+    assert told["bf16"] == {"enabled": precision == "bf16" and stage > 0}  # stage 0: MasterAdamW's
+    assert told.get("communication_data_type") == ("bf16" if (precision, stage) == ("bf16", 0) else None)
 
 
 def test_step_seeds_differ_in_every_argument() -> None:

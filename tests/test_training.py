@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from video_files import real_clips
 
-from mvd_fast import checkpoint
+from mvd_fast import checkpoint, trainer
+from mvd_fast.config import RunConfig
 from mvd_fast.files import WEIGHTS
 from mvd_fast.models import VideoTeacher
 
@@ -133,17 +134,7 @@ def test_ranks_and_zero_stages_give_one_ranks_losses(inputs: Path, tmp_path: Pat
     config_file = tiny_runs.write_config(tmp_path / "c.json", tiny_runs.config(inputs, one))
     status, output = tiny_runs.run(config_file)
     assert status == 0, output
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--no_local_rank"]
-    port = ["--master_port", str(29600 + int(time.time()) % 1000)]
-    worker = [str(Path(__file__).with_name("zero_worker.py")), str(config_file), str(tmp_path), "0", "1", "2", "3"]
-    done = subprocess.run(
-        [*launcher, *port, *worker],
-        env=tiny_runs.environment(),
-        capture_output=True,
-        text=True,
-        timeout=tiny_runs.TIMEOUT,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    _run_two_ranks(config_file, tmp_path, "0", "1", "2", "3")
     assert (tmp_path / "ranks.txt").read_text() == "2"
     expected = tiny_runs.losses(one)
     weights = load_file(one / "model.safetensors")
@@ -152,6 +143,50 @@ def test_ranks_and_zero_stages_give_one_ranks_losses(inputs: Path, tmp_path: Pat
         exported = load_file(tmp_path / f"zero{stage}" / "model.safetensors")
         assert exported.keys() == weights.keys()
         assert all(torch.allclose(exported[n], weights[n], atol=1e-4) for n in weights), f"ZeRO {stage}"
+
+
+def _run_two_ranks(config_file: Path, out: Path, *stages: str) -> None:
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--no_local_rank"]
+    port = ["--master_port", str(29600 + int(time.time()) % 1000)]
+    worker = [str(Path(__file__).with_name("zero_worker.py")), str(config_file), str(out), *stages]
+    done = subprocess.run(
+        [*launcher, *port, *worker],
+        env=tiny_runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=tiny_runs.TIMEOUT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_bf16_with_own_master_weights(inputs: Path, tmp_path: Path) -> None:
+    """ZeRO 0: a resumed run is bit-equal, two ranks give one rank's losses, master weights are exported."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    whole.mkdir()
+    content = tiny_runs.config(inputs, whole, precision="bf16", batch={"size": 8, "accumulation": 2})
+    content["optim"] |= {"clip_grad": 0.5}
+    config_file = tiny_runs.write_config(tmp_path / "c.json", content)
+    status, output = tiny_runs.run(config_file)
+    assert status == 0, output
+    expected, weights = tiny_runs.losses(whole), load_file(whole / WEIGHTS)
+    assert expected[UPDATES] < 0.9 * expected[1]
+    assert any((w != w.bfloat16().float()).any() for name, w in weights.items() if name.startswith("blocks"))
+
+    shutil.copytree(whole, again)
+    shutil.rmtree(checkpoint.newest_valid(again))
+    (again / WEIGHTS).unlink()
+    status, output = tiny_runs.run(config_file, "--run-dir", str(again))
+    assert status == 0, output
+    assert checkpoint.newest_valid(again).name == f"{checkpoint.PREFIX}{UPDATES:08d}"
+    resumed = load_file(again / WEIGHTS)
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+    assert tiny_runs.losses(again) == expected
+
+    _run_two_ranks(config_file, tmp_path, "0")
+    # Each rank's gradients are rounded to bf16 before they are added up.
+    assert tiny_runs.losses(tmp_path / "zero0") == pytest.approx(expected, rel=2e-3)
+    exported = load_file(tmp_path / "zero0" / WEIGHTS)
+    assert all(torch.allclose(exported[n], weights[n], atol=1e-2) for n in weights)
 
 
 def test_bf16_with_activation_checkpointing_trains(inputs: Path, tmp_path: Path) -> None:
@@ -247,3 +282,27 @@ def test_real_h264_clips_train(inputs: Path, tmp_path: Path) -> None:
     assert status == 0, output
     assert len(tiny_runs.losses(tmp_path / "run")) == 3 * (len(clips) // 4)
     assert not json.loads((tmp_path / "run" / "summary.json").read_text())["bad_files"]
+
+
+@pytest.mark.parametrize(
+    ("fast", "precision", "teachers", "cache", "settings"),
+    [
+        (True, "bf16", "bf16", "", ""),
+        (False, "fp32", "fp32", "", ""),
+        (False, "fp32", None, "", ""),
+        (False, "bf16", "bf16", "", "precision teachers.image.precision teachers.video.precision"),
+        (False, "bf16", "bf16", "stored", "precision"),
+    ],
+)
+def test_bf16_on_a_cpu_without_it_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    fast: bool, precision: str, teachers: str | None, cache: str, settings: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(trainer, "has_fast_bf16", lambda: fast)
+    content = tiny_runs.config(tmp_path, tmp_path / "run", precision=precision)
+    for role in ("image", "video"):
+        content["teachers"][role]["precision"] = teachers
+    content["teachers"]["cache"] = {"path": cache}
+    trainer._warn_of_slow_bf16(RunConfig.model_validate(content))
+    expected = [f"--set {name}=fp32" for name in settings.split()]
+    assert [record.args[0] for record in caplog.records] == ([" ".join(expected)] if expected else [])

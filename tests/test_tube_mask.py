@@ -324,6 +324,7 @@ def test_dali_operator_refuses_other_input():
 
 
 def test_missing_plugin_names_the_build_command(monkeypatch):
+    pytest.importorskip("nvidia.dali")
     from mvd_fast.data import dali_plugin
 
     monkeypatch.setattr(dali_plugin, "plugin_path", lambda: None)

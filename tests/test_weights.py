@@ -57,6 +57,9 @@ def test_files_without_weights(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="holds no state dict"):
         read_weights(tmp_path / "w.pth")
+    (tmp_path / "README.md").write_text("no weights")
+    with pytest.raises(WeightsError, match=r"README\.md cannot be read as a PyTorch checkpoint"):
+        read_weights(tmp_path / "README.md")
     with pytest.raises(WeightsError, match="does not exist"):
         read_weights(tmp_path / "none.pth")
 

@@ -7,15 +7,15 @@ import os
 import sys
 from pathlib import Path
 
-import deepspeed
-
 from mvd_fast.config_file import load_config
+from mvd_fast.train import distributed
 from mvd_fast.trainer import Trainer
 
 config_file, out, *stages = sys.argv[1:]
-deepspeed.init_distributed()
-for stage in stages:
-    settings = [f"run_dir={json.dumps(str(Path(out) / f'zero{stage}'))}", f"deepspeed.zero_optimization.stage={stage}"]
-    assert Trainer(load_config(config_file, settings), resume="never").fit()
+with distributed():
+    for stage in stages:
+        folder = json.dumps(str(Path(out) / f"zero{stage}"))
+        settings = [f"run_dir={folder}", f"deepspeed.zero_optimization.stage={stage}"]
+        assert Trainer(load_config(config_file, settings), resume="never").fit()
 if os.environ["RANK"] == "0":
     (Path(out) / "ranks.txt").write_text(os.environ["WORLD_SIZE"])

@@ -32,6 +32,8 @@ class Crop:
             return sampling.multi_scale_box(draws, width, height, self.size, self.scales)
         if self.mode == "random_resized":
             return sampling.random_resized_box(draws, width, height, self.area)
+        if self.mode == "whole":
+            return Box(0, 0, height, width)
         return sampling.center_box(width, height)
 
     def flipped(self, key: SampleKey) -> bool:
@@ -56,6 +58,10 @@ class Crop:
             interp_type=types.INTERP_CUBIC if self.mode == "random_resized" else types.INTERP_LINEAR,
             antialias=True,
         )
+        return self.normalised(pixels, inputs, layout)
+
+    def normalised(self, pixels: DataNode, inputs: Inputs, layout: str) -> DataNode:
+        """uint8 FHWC or HWC of the final size -> float32 in `layout`, flipped where the sample is, normalised."""
         return fn.crop_mirror_normalize(
             pixels,
             dtype=types.FLOAT,

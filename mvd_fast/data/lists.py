@@ -106,10 +106,15 @@ def _parse_lines(path: str, base: str, need_labels: bool) -> Iterator[Entry]:
         yield Entry(os.path.join(base, parsed[0]), parsed[1])
 
 
+def class_folders(folder: str) -> list[str]:
+    """Names of the class folders in a folder, in the order of their labels."""
+    return sorted(item.name for item in os.scandir(folder) if item.is_dir() and not item.name.startswith("."))
+
+
 def _read_folder(folder: str, extensions: tuple[str, ...]) -> list[Entry]:
     """Class folders in alphabetical order are labels 0, 1, ...; a folder without class folders has no labels."""
     folder = os.path.abspath(folder)
-    classes = sorted(item.name for item in os.scandir(folder) if item.is_dir() and not item.name.startswith("."))
+    classes = class_folders(folder)
     if not classes:
         return [Entry(path, None) for path in _files_below(folder, extensions)]
     return [

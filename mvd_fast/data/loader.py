@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mvd_fast.config import DataConfig, RunConfig
 from mvd_fast.data import lists
+from mvd_fast.data.kinds import Annotated, Finishing
 from mvd_fast.data.pipeline import PIPELINE_DEPTH, PipelineSpec, build_pipeline, failing_samples, outputs_to_torch
 from mvd_fast.data.quarantine import quarantine_path, read_quarantine
 from mvd_fast.data.sampling import SampleKey
@@ -63,10 +64,11 @@ def build_loader(
     Raises ValueError sentences for lists that are missing, empty or too short.
     """
     clips = micro // config.data.masks_per_clip
-    source, spec = build_source(config, device, clips)
+    repeats = config.augment.repeats
+    source, spec = build_source(config, device, clips * repeats)
     targets = open_targets(source.paths) if open_targets else None
     views = targets.views if targets else None
-    schedule = Schedule(config.seed, len(source.paths), clips, accumulation, rank, world_size, views)
+    schedule = Schedule(config.seed, len(source.paths), clips, accumulation, rank, world_size, repeats, views)
     if schedule.updates_per_epoch == 0:
         raise ValueError(
             f"{config.data.train} lists {len(source.paths)} files, less than one update of {schedule.size} clips; "
@@ -84,8 +86,10 @@ def build_source(config: RunConfig, device: torch.device, clips: int) -> tuple[S
     Raises ValueError sentences for unusable lists.
     """
     kind = importlib.import_module(f"mvd_fast.data.kinds.{config.data.kind}").build(config, device.type == "cuda")
-    entries = lists.read_dataset(config.data.train, config.data.root, kind.extensions)
-    paths = [entry.path for entry in entries]
+    if isinstance(kind, Annotated):
+        paths = kind.paths()
+    else:
+        paths = [e.path for e in lists.read_dataset(config.data.train, config.data.root, kind.extensions)]
     _require_some_present(paths, config.data.train)
     spec = PipelineSpec(
         kind=kind,
@@ -146,8 +150,9 @@ class Loader:
 
         Each is a dict on the device: `video` float32 [B, 3, T, H, W] or `image` float32 [B, 3, H, W], normalised;
         `mask` bool [B, N] (with several per clip [B, masks, N]), True = masked; `index` int64 [B], positions in the
-        dataset of what is really shown. With stored targets also `target_image`, `target_video` [B, N, C], see
-        TargetStore.read.
+        dataset of what is really shown. With augment.repeats there are so many rows for each clip, side by side.
+        With stored targets also `target_image`, `target_video` [B, N, C], see TargetStore.read; with an Annotated kind
+        what its `collate` and `finish` give.
         Raises TooManyBadFiles; NoUsableFile when one sample finds no replacement at all.
         """
         producer = _Producer(self, start_update * self.schedule.accumulation)
@@ -236,11 +241,11 @@ class _Producer:
 
     def _run_pipeline(self, first: int) -> int:
         """Produce from micro batch `first` until told to stop or until DALI fails; returns the step to go on with."""
-        ahead: dict[int, list[Choice]] = {}  # of what is inside the pipeline, by step
+        ahead: dict[int, list[Sample]] = {}  # what is inside the pipeline, by step; without its pixels
 
         def read(iteration: int) -> list[Sample]:
             samples = self._samples(first + iteration)
-            ahead[first + iteration] = [sample.choice for sample in samples]
+            ahead[first + iteration] = [sample._replace(inputs=None) for sample in samples]
             return samples
 
         pipeline = build_pipeline(self._spec, read)
@@ -251,7 +256,10 @@ class _Producer:
             except RuntimeError as error:
                 self._suspect_culprits(step, error)
                 break
-            batch, choices = outputs_to_torch(outputs, self._spec), ahead.pop(step)
+            batch, samples = outputs_to_torch(outputs, self._spec), ahead.pop(step)
+            choices = [sample.choice for sample in samples]
+            if samples[0].extra is not None:
+                batch = _annotated(self._spec, batch, [sample.extra for sample in samples])
             if self._read_targets:
                 batch |= self._read_targets([choice.key for choice in choices])
             self._put((batch, self._schedule.keys(step), choices))
@@ -285,6 +293,13 @@ class _Producer:
                 return
             except queue.Full:
                 continue
+
+
+def _annotated(spec: PipelineSpec, batch: dict[str, Tensor], notes: list[Any]) -> dict[str, Tensor]:
+    """The batch with what an Annotated kind adds, on the device, and finished where the kind does that."""
+    collate = importlib.import_module(type(spec.kind).__module__).collate
+    batch |= {name: torch.from_numpy(value).to(spec.device) for name, value in collate(notes).items()}
+    return spec.kind.finish(batch, notes) if isinstance(spec.kind, Finishing) else batch
 
 
 def _drain(items: queue.Queue[Any]) -> None:

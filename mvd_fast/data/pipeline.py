@@ -20,9 +20,9 @@ MASK_STRIDE = 2**30  # more than any list is long
 PIPELINE_DEPTH = 2  # batches inside the pipeline: one is read while the one before is decoded
 
 # Types and dimensions of what `to_columns` gives, in its order.
-DTYPES = (types.UINT8, types.INT32, types.UINT8, types.BOOL, types.INT32, types.INT32, types.INT64)
-NDIMS = (1, 1, 4, 0, 1, 0, 1)
-LAYOUTS = ("", "", "FHWC", "", "", "", "")
+DTYPES = (types.UINT8, types.INT32, types.UINT8, types.BOOL, types.INT32, types.INT32, types.INT32, types.INT64)
+NDIMS = (1, 1, 4, 0, 1, 0, 2, 1)
+LAYOUTS = ("", "", "FHWC", "", "", "", "", "")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PipelineSpec:
 
 
 def build_pipeline(spec: PipelineSpec, reader: Reader) -> Pipeline:
-    """A built pipeline whose `run()` gives (pixels, mask, numbers, frames); see `outputs_to_torch`."""
+    """A built pipeline whose `run()` gives (pixels, mask, numbers, ...); see `outputs_to_torch`."""
     dali_plugin.load_plugin()
 
     def source(iteration: int) -> tuple[list, ...]:  # out here: DALI rewrites what is defined inside a pipeline
@@ -79,8 +79,9 @@ def _define(spec: PipelineSpec, source: Callable[[int], tuple[list, ...]]):
     mask = _masks(numbers, spec)
     if spec.dali_device == "gpu":
         mask = mask.gpu()
-    # An output only because DALI warns of inputs that a graph does not use, and images have no frames to choose.
-    return pixels, mask, numbers, inputs.frames
+    # Outputs only because DALI warns of inputs that a graph does not use: images have no frames to choose, and most
+    # kinds no operations.
+    return pixels, mask, numbers, inputs.frames, inputs.operations
 
 
 def _masks(numbers: DataNode, spec: PipelineSpec) -> DataNode:

@@ -28,9 +28,14 @@ class Purpose(IntEnum):
     CROP = 2
     FLIP = 3
     REPLACE = 4
+    BOXES = 5
+    AUGMENT = 6
+    ERASE = 7
+    MIX = 8
 
 
-OF_A_VIEW = (Purpose.FRAMES, Purpose.CROP, Purpose.FLIP)
+OF_A_VIEW = (Purpose.FRAMES, Purpose.CROP, Purpose.FLIP, Purpose.BOXES)
+OF_A_COPY = (Purpose.CROP, Purpose.FLIP, Purpose.AUGMENT, Purpose.ERASE)
 
 
 class Box(NamedTuple):
@@ -47,24 +52,27 @@ class SampleKey:
     """Names one sample of a run: everything random about it follows from these numbers.
 
     `view`: what frames, crop and flip are drawn from in the epoch's place, so that a later epoch can show them again.
+    `copy`: which of the differently augmented copies of one clip this is.
     """
 
     seed: int
     epoch: int
     index: int
     view: int | None = None
+    copy: int = 0
 
     def draws(self, purpose: Purpose) -> Draws:
         replayed = self.view is not None and purpose in OF_A_VIEW
-        return Draws(self.seed, self.view if replayed else self.epoch, self.index, purpose)
+        copy = self.copy if purpose in OF_A_COPY else 0
+        return Draws(self.seed, self.view if replayed else self.epoch, self.index, purpose, copy)
 
 
 class Draws:
-    """A stream of random numbers for one (seed, epoch, index, purpose)."""
+    """A stream of random numbers for one (seed, epoch, index, purpose, copy)."""
 
-    def __init__(self, seed: int, epoch: int, index: int, purpose: Purpose):
+    def __init__(self, seed: int, epoch: int, index: int, purpose: Purpose, copy: int = 0):
         key = np.array([seed, epoch], dtype=np.uint64)
-        counter = np.array([0, index, int(purpose), 0], dtype=np.uint64)
+        counter = np.array([0, index, int(purpose), copy], dtype=np.uint64)
         self._bits = np.random.Philox(key=key, counter=counter)
 
     def words(self, count: int) -> np.ndarray:
@@ -78,6 +86,18 @@ class Draws:
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """A float in [low, high), 53 random bits."""
         return low + (high - low) * ((int(self._bits.random_raw()) >> 11) * 2.0**-53)
+
+    def normal(self, mean: float, deviation: float) -> float:
+        """A normally distributed float, by Box and Muller's transform."""
+        radius = math.sqrt(-2.0 * math.log(1.0 - self.uniform()))
+        return mean + deviation * radius * math.cos(2.0 * math.pi * self.uniform())
+
+    def beta(self, alpha: float) -> float:
+        """A float from the symmetric beta distribution, by Jöhnk's rejection; `alpha` of at most about 2."""
+        while True:
+            x, y = self.uniform() ** (1 / alpha), self.uniform() ** (1 / alpha)
+            if 0.0 < x + y <= 1.0:
+                return x / (x + y)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -118,6 +138,61 @@ def center_clip(video_frames: int, num_frames: int, rate: int) -> np.ndarray:
     """`clip_indices` from the middle one of all starts: the single view of an evaluation."""
     start = (start_choices(video_frames, num_frames, rate) - 1) // 2
     return clip_indices(video_frames, num_frames, rate, start)
+
+
+def segment_bounds(video_frames: int, parts: int) -> list[tuple[int, int]]:
+    """First and last frame, both inclusive, of `parts` equal parts of a video (neighbours share a frame)."""
+    length = (video_frames - 1) / parts
+    return [(round(length * i), round(length * (i + 1))) for i in range(parts)]
+
+
+def random_segments(key: SampleKey, video_frames: int, num_frames: int) -> np.ndarray:
+    """One random frame of each of `num_frames` equal parts of the video, int32 [num_frames]."""
+    draws = key.draws(Purpose.FRAMES)
+    bounds = segment_bounds(video_frames, num_frames)
+    return np.array([first + draws.below(last - first + 1) for first, last in bounds], dtype=np.int32)
+
+
+def uniform_view(video_frames: int, num_frames: int, number: int, count: int) -> np.ndarray:
+    """Test clip `number` of `count` by uniform sampling (MVD on SSv2), int32 [num_frames].
+
+    The middles of `count` x `num_frames` equal parts, dealt out to the clips in turn.
+    """
+    middles = [(first + last) // 2 for first, last in segment_bounds(video_frames, count * num_frames)]
+    return np.array(middles[number::count], dtype=np.int32)
+
+
+def dense_view(video_frames: int, num_frames: int, rate: int, number: int, count: int) -> np.ndarray:
+    """Test clip `number` of `count` by dense sampling (VideoMAE and MVD on K400), int32 [num_frames].
+
+    `count` windows at equal distances over every `rate`-th frame; the last frame repeats where a video is short. A
+    single window lies in the middle.
+    """
+    frames = list(range(0, video_frames, rate))
+    frames += frames[-1:] * (num_frames - len(frames))
+    spare = len(frames) - num_frames
+    start = int(number * spare / (count - 1)) if count > 1 else spare // 2
+    return np.array(frames[start : start + num_frames], dtype=np.int32)
+
+
+def view_offset(width: int, height: int, size: int, number: int, count: int) -> tuple[Box, int, int]:
+    """Test crop `number` of `count`: the crop's box in the resized frame, and that frame's width and height.
+
+    The shorter side is resized to `size`; the crops lie at equal distances along the longer one, a single one in the
+    middle.
+    """
+    longer = int(size * max(width, height) / min(width, height))
+    offset = int(number * ((longer - size) / (count - 1))) if count > 1 else (longer - size) // 2
+    if width < height:
+        return Box(offset, 0, size, size), size, longer
+    return Box(0, offset, size, size), longer, size
+
+
+def key_clip(video_frames: int, key_frame: int, num_frames: int, rate: int) -> np.ndarray:
+    """Frames around a key frame, int32 [num_frames]: every `rate`-th, the key frame being number `num_frames` // 2;
+    where the video ends, its first or last frame again (AVA: SlowFast)."""
+    steps = np.arange(num_frames) - num_frames // 2
+    return (key_frame + rate * steps).clip(0, video_frames - 1).astype(np.int32)
 
 
 def random_frame(key: SampleKey, video_frames: int) -> np.ndarray:

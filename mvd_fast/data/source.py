@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mvd_fast.data import media, sampling
-from mvd_fast.data.kinds import Inputs, Kind
+from mvd_fast.data.kinds import Annotated, Inputs, Kind
 from mvd_fast.data.sampling import SampleKey
 
 MAX_REPLACEMENTS = 64  # with half of the files bad, running out has a chance of 2^-64
@@ -37,6 +37,7 @@ class Sample(NamedTuple):
 
     choice: Choice
     inputs: Inputs
+    extra: dict[str, np.ndarray] | None = None  # of an Annotated kind
 
 
 @lru_cache(maxsize=2)  # batches prepared ahead may belong to the next epoch already
@@ -58,6 +59,7 @@ class Schedule:
     accumulation: int
     rank: int
     world_size: int
+    repeats: int = 1  # augmented copies of each sample, side by side
     views: int | None = None  # epoch e shows view e % views of every sample; None: each epoch its own
 
     @property
@@ -76,7 +78,11 @@ class Schedule:
         first = update * self.size + (part * self.world_size + self.rank) * self.micro
         order = _order(self.seed, epoch, self.count)
         view = epoch % self.views if self.views else None
-        return [SampleKey(self.seed, epoch, int(index), view) for index in order[first : first + self.micro]]
+        return [
+            SampleKey(self.seed, epoch, int(index), view, copy)
+            for index in order[first : first + self.micro]
+            for copy in range(self.repeats)
+        ]
 
 
 @dataclass
@@ -106,18 +112,18 @@ class Source:
             if path in self.quarantine:
                 continue
             try:
-                inputs = self._load(candidate, path not in suspects)
+                inputs, extra = self._load(candidate, path not in suspects)
             except media.BadFile as error:
                 passed_over.append((candidate.index, str(error)))
             else:
-                return Sample(Choice(candidate, tuple(passed_over)), inputs)
+                return Sample(Choice(candidate, tuple(passed_over)), inputs, extra)
         some = "; ".join(f"{self.paths[index]} {reason}" for index, reason in passed_over[:3])
         raise NoUsableFile(
             f"{self.paths[key.index]} and the {MAX_REPLACEMENTS} files tried in its place are all unusable"
             f"{f' ({some}; ...)' if some else ''}; run `mvd-fast data check` on the list to see every reason"
         )
 
-    def _load(self, key: SampleKey, by_dali: bool) -> Inputs:
+    def _load(self, key: SampleKey, by_dali: bool) -> tuple[Inputs, dict[str, np.ndarray] | None]:
         path = self.paths[key.index]
         if (key.index, key.view) in self.untaught:
             raise media.BadFile(self.untaught[key.index, key.view])
@@ -125,7 +131,9 @@ class Source:
         if isinstance(verdict, str):
             raise media.BadFile(verdict)
         data = media.read_bytes(path)
-        return self.kind.load(data, verdict or self._check(path, data), key, by_dali)
+        facts = verdict or self._check(path, data)
+        extra = self.kind.annotate(facts.width, facts.height, key) if isinstance(self.kind, Annotated) else None
+        return self.kind.load(data, facts, key, by_dali), extra
 
     def _check(self, path: str, data: np.ndarray) -> Any:
         """Look at a file for the first time; the verdict is kept."""
@@ -193,5 +201,5 @@ def _worker_sample(key: SampleKey, suspects: frozenset[str]) -> Sample:
 
 def to_columns(samples: list[Sample]) -> tuple[list[np.ndarray], ...]:
     """What `external_source` takes: a list for each field of Inputs, then one of int64 [3] (seed, epoch, index)."""
-    rows = [(*inputs, np.array([key.seed, key.epoch, key.index], dtype=np.int64)) for (key, _), inputs in samples]
+    rows = [(*inputs, np.array([key.seed, key.epoch, key.index], dtype=np.int64)) for (key, _), inputs, _ in samples]
     return tuple(list(column) for column in zip(*rows, strict=True))

@@ -101,13 +101,23 @@ def _write_chunk(folder: Path, split: str, start: int, count: int, digit_set: Di
 
 
 def _draw(split: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Balanced labels of a split: digit images float32 [count, 8, 8] in [0, 1], digits int64, motions int64."""
+    """As `draw_labels`, of a split of the demo's set."""
+    return draw_labels(digit_order(split), count, np.random.default_rng((seed, len(split))))
+
+
+def digit_order(split: str) -> np.ndarray:
+    """Which digit images a split may show, int64: `test` its own, any other the rest."""
+    from sklearn.datasets import load_digits
+
+    order = np.random.default_rng(0).permutation(len(load_digits().images))
+    return order[:HELD_OUT] if split == "test" else order[HELD_OUT:]
+
+
+def draw_labels(order: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Balanced: digit images float32 [count, 8, 8] in [0, 1] of those in `order`, digits int64, motions int64."""
     from sklearn.datasets import load_digits
 
     source = load_digits()
-    order = np.random.default_rng(0).permutation(len(source.images))
-    order = order[:HELD_OUT] if split == "test" else order[HELD_OUT:]
-    rng = np.random.default_rng((seed, len(split)))
     picked = order[rng.permutation(np.arange(count) % len(order))]
     motions = rng.permutation(np.arange(count) % len(MOTIONS))
     return source.images[picked].astype(np.float32) / 16, source.target[picked], motions
@@ -119,15 +129,26 @@ def render(images: np.ndarray, motions: np.ndarray, seed: tuple[int, ...], noise
     Random for each clip: place, tilt, size, speed, phase, a slow drift, contrast, background, noise in every pixel.
     """
     rng = np.random.default_rng(seed)
+    return grain(moving_glyphs(images, motions, rng), rng, noise)
+
+
+def moving_glyphs(images: np.ndarray, motions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The digits alone, without contrast, background and noise: float32 [S, FRAMES, SIZE, SIZE] in [0, 1]."""
     angle, half_side, x, y = (torch.from_numpy(a)[..., None, None] for a in _trajectory(motions, rng))
-    contrast, background = (_uniform(rng, len(images), *limits)[..., None, None] for limits in ((0.6, 1), (0, 0.3)))
     pixel = torch.arange(SIZE) - (SIZE - 1) / 2
     dx, dy = pixel[None, :] - x, pixel[:, None] - y  # [S, FRAMES, SIZE or 1, SIZE or 1]
     across, down = angle.cos() * dx + angle.sin() * dy, angle.cos() * dy - angle.sin() * dx
     grid = torch.stack([across, down], dim=-1) / (GLYPH_MARGIN * half_side[..., None])
     source = _glyphs(images).repeat_interleave(FRAMES, 0)[:, None]
-    shown = F.grid_sample(source, grid.flatten(0, 1).float(), align_corners=False).view(len(images), FRAMES, SIZE, SIZE)
-    shown = background + (1 - background) * contrast * shown.numpy()
+    shown = F.grid_sample(source, grid.flatten(0, 1).float(), align_corners=False)
+    return shown.view(len(images), FRAMES, SIZE, SIZE).numpy()
+
+
+def grain(shown: np.ndarray, rng: np.random.Generator, noise: float = 0.1) -> np.ndarray:
+    """Clips uint8 [S, FRAMES, H, W] of light float32 in [0, 1]: contrast and background of each clip, noise of each
+    pixel."""
+    contrast, background = (_uniform(rng, len(shown), *limits)[..., None, None] for limits in ((0.6, 1), (0, 0.3)))
+    shown = background + (1 - background) * contrast * shown
     shown = shown + noise * rng.standard_normal(shown.shape, dtype=np.float32)
     return (shown.clip(0, 1) * 255).round().astype(np.uint8)
 

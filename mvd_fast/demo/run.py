@@ -27,7 +27,7 @@ from mvd_fast.config import RunConfig
 from mvd_fast.config_file import load_config
 from mvd_fast.demo.digits import FRAMES, MOTIONS, SIZE, DigitSet, is_written, write_digit_set
 from mvd_fast.files import SUMMARY, WEIGHTS, write_text
-from mvd_fast.machine import cpu_name
+from mvd_fast.machine import cpu_name, has_fast_bf16
 from mvd_fast.train import choose_accelerator
 
 RUNS = ("image_teacher", "video_teacher", "student")
@@ -144,6 +144,8 @@ class Demo:
         if name == "student":
             places["teachers.image.checkpoint"] = self.out / "image_teacher" / WEIGHTS
             places["teachers.video.checkpoint"] = self.out / "video_teacher" / WEIGHTS
+            if not has_fast_bf16():
+                places |= {f"teachers.{teacher}.precision": "fp32" for teacher in ("image", "video")}
         return [f"{key}={json.dumps(value if isinstance(value, int) else str(value))}" for key, value in places.items()]
 
     def _train(self, name: str) -> None:

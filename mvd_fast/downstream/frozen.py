@@ -9,14 +9,27 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import DataNode
 from torch import Tensor
 
 from mvd_fast.data import media
 from mvd_fast.data.crops import Crop
-from mvd_fast.data.kinds.video import VideoKind
+from mvd_fast.data.kinds import Inputs
+from mvd_fast.data.kinds.ava import AvaKind
+from mvd_fast.data.kinds.video import VideoKind, decoded_video
 from mvd_fast.data.lists import Entry
 from mvd_fast.data.pipeline import PipelineSpec, build_pipeline, outputs_to_torch
-from mvd_fast.data.sampling import SampleKey, center_clip, clip_indices, start_choices
+from mvd_fast.data.sampling import (
+    Box,
+    SampleKey,
+    center_clip,
+    clip_indices,
+    dense_view,
+    start_choices,
+    uniform_view,
+    view_offset,
+)
 from mvd_fast.data.source import Choice, Sample
 
 from .backbone import Backbone, Preprocessing
@@ -36,6 +49,45 @@ class ViewKind(VideoKind):
             return center_clip(facts.frames, self.num_frames, self.sampling_rate)
         last = start_choices(facts.frames, self.num_frames, self.sampling_rate) - 1
         return clip_indices(facts.frames, self.num_frames, self.sampling_rate, key.epoch * last // (self.views - 1))
+
+
+@dataclass(frozen=True)
+class MultiView(VideoKind):
+    """The test views of a video, as the authors take them: `clips` in time, each in `crops` along the longer side."""
+
+    sampling: str = "dense"
+    clips: int = 1
+    crops: int = 1
+
+    @property
+    def views(self) -> int:
+        return self.clips * self.crops
+
+    def load_views(self, data: np.ndarray, facts: media.VideoInfo) -> list[Inputs]:
+        """All views, the crops of a clip side by side. The box holds where the crop starts and the resized frame's
+        height and width."""
+        size, views = self.crop.size, []
+        for clip in range(self.clips):
+            frames = media.decode_frames(data, self._frames(facts.frames, clip), facts)
+            whole = Inputs.of_pixels(frames, Box(0, 0, *frames.shape[1:3]), flip=False)
+            for crop in range(self.crops):
+                box, width, height = view_offset(facts.width, facts.height, size, crop, self.crops)
+                views.append(whole._replace(box=np.array([box.y, box.x, height, width], dtype=np.int32)))
+        return views
+
+    def _frames(self, video_frames: int, clip: int) -> np.ndarray:
+        if self.sampling == "uniform":
+            return uniform_view(video_frames, self.num_frames, clip, self.clips)
+        return dense_view(video_frames, self.num_frames, self.sampling_rate, clip, self.clips)
+
+    def graph(self, inputs: Inputs, device: str) -> DataNode:
+        """The whole frame resized, then cropped: a crop of the source would start between two of its pixels."""
+        pixels = fn.resize(
+            decoded_video(inputs, device), size=fn.cast(inputs.box[2:4], dtype=types.FLOAT), antialias=True
+        )
+        size = self.crop.size
+        pixels = fn.slice(pixels, start=inputs.box[0:2], shape=[size, size], axes=(1, 2))
+        return self.crop.normalised(pixels, inputs, layout="CFHW")
 
 
 @dataclass
@@ -78,8 +130,8 @@ def frozen_features(
     pooled: dict[int, list[Tensor]] = {}
     tokens: dict[int, list[Tensor]] = {}
     with ThreadPoolExecutor(threads) as pool:
-        samples = _samples(pool, kind, entries, threads, bad, on_file)
-        for video, index in _batches(spec, samples):
+        samples = samples_of(pool, kind, entries, threads, bad, on_file)
+        for video, index in batches_of(spec, samples):
             x = backbone.tokens(video)
             for number, mean in zip(index, backbone.pool(x).cpu(), strict=True):
                 pooled.setdefault(number, []).append(mean)
@@ -99,20 +151,28 @@ def frozen_features(
     return found
 
 
-def _samples(
+def samples_of(
     pool: ThreadPoolExecutor,
-    kind: ViewKind,
+    kind: ViewKind | MultiView | AvaKind,
     entries: Sequence[Entry],
     threads: int,
     bad: dict[str, str],
     on_file: Callable[[], None],
 ) -> Iterator[Sample]:
-    """All views of every usable file, in order; a few files are decoded ahead."""
+    """All views of every usable file, in order; a few files are decoded ahead.
+
+    A kind that has `load_views` loads a file's views itself, all at once.
+    """
 
     def load(number: int) -> list[Sample] | str:
         try:
             data = media.read_bytes(entries[number].path)
             facts = kind.check(data)
+            if isinstance(kind, MultiView):
+                return [
+                    Sample(Choice(SampleKey(0, view, number)), inputs)
+                    for view, inputs in enumerate(kind.load_views(data, facts))
+                ]
             keys = [SampleKey(0, view, number) for view in range(kind.views)]
             # Decoded here, not by DALI: what cannot be decoded is then known by name, and colours are the same.
             return [Sample(Choice(key), kind.load(data, facts, key, by_dali=False)) for key in keys]
@@ -129,7 +189,7 @@ def _samples(
                 yield from loaded
 
 
-def _batches(spec: PipelineSpec, samples: Iterator[Sample]) -> Iterator[tuple[Tensor, list[int]]]:
+def batches_of(spec: PipelineSpec, samples: Iterator[Sample]) -> Iterator[tuple[Tensor, list[int]]]:
     """(pixels [b, 3, T, H, W], positions of their files) until the samples run out."""
 
     def read(_: int) -> list[Sample]:

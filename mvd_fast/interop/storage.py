@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mvd_fast.files import WEIGHTS, written_aside
+from mvd_fast.files import BEST, WEIGHTS, written_aside
 
 from .network import SIZE_FIELDS, Network
 from .weights import WeightsError, read_weights
@@ -110,7 +110,7 @@ def _facts_of_file(file: Path) -> dict[str, Any]:
             return facts | {"positions": metadata["positions"]}
     run = file.parents[2] if file.parent.parent.name == CHECKPOINTS else file.parent
     config = run / CONFIG
-    return _facts_of_run(_read_json(config)) if file.name == WEIGHTS and config.is_file() else {}
+    return _facts_of_run(_read_json(config)) if file.name in (WEIGHTS, BEST) and config.is_file() else {}
 
 
 def _facts_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,6 +120,7 @@ def _facts_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
     facts = {name: model[name] for name in ("num_heads", "image_size", "num_frames") if name in model}
     # Our networks' positions: VideoMAE's are 1-D, all other video networks' are MVD's.
     facts |= {} if model["kind"] == "mae" else {"positions": "1d" if model["kind"] == "videomae" else "3d"}
+    facts |= {"evaluation": config["evaluation"]} if "evaluation" in config else {}
     data = config.get("data", {})
     return facts | {name: data[name] for name in ("mean", "std", "sampling_rate") if name in data}
 

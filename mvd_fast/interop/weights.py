@@ -30,7 +30,9 @@ def load_pth(path: str | Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error)))) or ["(unnamed)"]
+        wanted = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
+        if not wanted:
+            raise WeightsError(f"{path} cannot be read as a PyTorch checkpoint: it is no such file") from error
         raise WeightsError(
             f"{path} would run code when loaded: it needs {', '.join(wanted)}; only tensors, plain containers and "
             "argparse.Namespace are accepted; re-save it as a state dict of tensors or as .safetensors"

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
-from .layers import LN_EPS, TubeletEmbed, check_video, init_linear, make_blocks, run_blocks
+from mvd_fast.config import ModelConfig, TeachersConfig
+
+from .layers import (
+    LN_EPS,
+    TubeletEmbed,
+    block_flops,
+    check_video,
+    init_linear,
+    linear_flops,
+    make_blocks,
+    run_blocks,
+)
 from .positions import sincos_3d
 
 
@@ -31,8 +44,9 @@ class VideoClassifier(nn.Module):
     ) -> None:
         super().__init__()
         side = image_size // patch_size
-        positions = sincos_3d(embed_dim, num_frames // tubelet_size, side, side)
-        self.image_size, self.num_frames = image_size, num_frames
+        self.grid = (num_frames // tubelet_size, side, side)
+        positions = sincos_3d(embed_dim, *self.grid)
+        self.image_size, self.num_frames, self.embed_dim = image_size, num_frames, embed_dim
         self.recompute = activation_checkpointing
         self.patch_embed = TubeletEmbed(embed_dim, tubelet_size, patch_size)
         self.blocks = make_blocks(embed_dim, depth, num_heads, drop_path)
@@ -52,3 +66,16 @@ class VideoClassifier(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """video float [B, 3, T, H, W] (normalised) -> logits [B, classes]."""
         return self.head(self.dropout(self.features(video)))
+
+    def flops(self) -> float:
+        """Forward FLOP per clip."""
+        tokens = math.prod(self.grid)
+        embed = linear_flops(tokens, self.patch_embed.pixels, self.embed_dim)
+        return embed + len(self.blocks) * block_flops(tokens, self.embed_dim) + linear_flops(1, *self.head.weight.shape)
+
+
+def build(config: ModelConfig, teachers: TeachersConfig) -> VideoClassifier:
+    """The classifier of a run, fresh."""
+    assert config.num_classes is not None, "checked when the config is loaded"
+    decoder = {"decoder_dim", "decoder_depth", "decoder_heads"}
+    return VideoClassifier(**config.model_dump(exclude={"kind", "init"} | decoder))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvd_fast.config import ModelConfig, TeachersConfig
+from mvd_fast.config import OF_FINE_TUNING, ModelConfig, TeachersConfig
 from mvd_kernels import AddLayerNorm, embed_visible_tubes
 
 from .layers import (
@@ -173,4 +173,4 @@ def _keep_own_positions(module: nn.Module, state: dict[str, Any], prefix: str, *
 
 def build(config: ModelConfig, teachers: TeachersConfig) -> MaskedAutoencoder:
     """The MAE of a stage-1 run."""
-    return MaskedAutoencoder(**config.model_dump(exclude={"kind", "num_frames", "tubelet_size"}))
+    return MaskedAutoencoder(**config.model_dump(exclude={"kind", "num_frames", "tubelet_size", *OF_FINE_TUNING}))

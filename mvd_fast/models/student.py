@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from mvd_fast.config import ModelConfig, TeachersConfig
+from mvd_fast.config import OF_FINE_TUNING, ModelConfig, TeachersConfig
 from mvd_kernels import AddLayerNorm, scatter_mask_tokens
 
 from .layers import (
@@ -144,12 +144,16 @@ class MaskedVideoStudent(nn.Module):
             for one, (branch, target) in zip(inputs, targets.items(), strict=True)
         }
 
+    def encoder_flops(self, num_visible: int) -> float:
+        """Forward FLOP per mask of the encoder alone, on `num_visible` tokens."""
+        embed = linear_flops(num_visible, self.patch_embed.pixels, self.embed_dim)
+        return embed + len(self.blocks) * block_flops(num_visible, self.embed_dim)
+
     def flops(self, num_visible: int, num_predicted: int | None = None) -> float:
         """Forward FLOP per mask of a clip: `num_visible` tokens visible, `num_predicted` (None: all others) decoded."""
         predicted = math.prod(self.grid) - num_visible if num_predicted is None else num_predicted
         tokens = num_visible + predicted
-        total = linear_flops(num_visible, self.patch_embed.pixels, self.embed_dim)
-        total += len(self.blocks) * block_flops(num_visible, self.embed_dim)
+        total = self.encoder_flops(num_visible)
         for branch in BRANCHES:
             decoder: Decoder = getattr(self, f"decoder_{branch}")
             total += linear_flops(num_visible, self.embed_dim, self.decoder_dim)
@@ -162,7 +166,7 @@ def build(config: ModelConfig, teachers: TeachersConfig) -> MaskedVideoStudent:
     """The student of a run; its heads are as wide as the teachers' features."""
     assert teachers.image is not None and teachers.video is not None, "checked when the config is loaded"
     return MaskedVideoStudent(
-        **config.model_dump(exclude={"kind"}),
+        **config.model_dump(exclude={"kind", *OF_FINE_TUNING}),
         image_target_dim=teachers.image.embed_dim,
         video_target_dim=teachers.video.embed_dim,
     )

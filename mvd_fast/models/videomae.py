@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mvd_fast.config import ModelConfig, TeachersConfig
+from mvd_fast.config import OF_FINE_TUNING, ModelConfig, TeachersConfig
 from mvd_kernels import AddLayerNorm
 
 from .layers import (
@@ -165,4 +165,4 @@ class VideoMAE(nn.Module):
 
 def build(config: ModelConfig, teachers: TeachersConfig) -> VideoMAE:
     """The VideoMAE of a stage-1 run."""
-    return VideoMAE(**config.model_dump(exclude={"kind"}))
+    return VideoMAE(**config.model_dump(exclude={"kind", *OF_FINE_TUNING}))

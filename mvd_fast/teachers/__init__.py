@@ -2,7 +2,7 @@
 
 `build(config, model)` returns a module in eval mode with `image_size`, `embed_dim`, `flops()` and a forward that gives
 one feature per token of the student: images [B, 3, H, W] -> [B, H' W', C] in the image role, clips
-[B, 3, T, H, W] -> [B, N, C] in the video role.
+[B, 3, T, H, W] -> [B, N, C] in the video role. `network(config, model)` returns it before its weights are loaded.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_teacher(config: TeacherConfig, model: ModelConfig, precision: Precision = "fp32") -> nn.Module:
-    """The teacher with its weights loaded, in its own precision or else in `precision`, eval mode, no gradients."""
-    teacher = import_module(f"mvd_fast.teachers.{config.kind}").build(config, model).eval().requires_grad_(False)
+    """The teacher with its weights loaded, in its own precision or else in `precision`, eval mode, no gradients.
+
+    Under `torch.device("meta")`, where there is no memory to load weights into, no checkpoint is read.
+    """
+    kind = import_module(f"mvd_fast.teachers.{config.kind}")
+    make = kind.network if torch.get_default_device().type == "meta" else kind.build
+    teacher = make(config, model).eval().requires_grad_(False)
     return to_precision(teacher, config.precision or precision)
 
 

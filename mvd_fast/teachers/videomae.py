@@ -7,9 +7,9 @@ from mvd_fast.interop.weights import load_into, read_weights
 from mvd_fast.models import VideoTeacher
 
 
-def build(config: TeacherConfig, model: ModelConfig) -> VideoTeacher:
-    """Encoder weights only; the clip's length and tubelets are the student's."""
-    teacher = VideoTeacher(
+def network(config: TeacherConfig, model: ModelConfig) -> VideoTeacher:
+    """The teacher with random weights; the clip's length and tubelets are the student's."""
+    return VideoTeacher(
         config.image_size,
         config.patch_size,
         model.num_frames,
@@ -18,6 +18,11 @@ def build(config: TeacherConfig, model: ModelConfig) -> VideoTeacher:
         config.depth,
         config.num_heads,
     )
+
+
+def build(config: TeacherConfig, model: ModelConfig) -> VideoTeacher:
+    """Encoder weights only."""
+    teacher = network(config, model)
     state = read_weights(config.checkpoint)
     state = {name: value for name, value in state.items() if name.startswith("encoder.")}
     load_into(teacher, state, config.checkpoint)

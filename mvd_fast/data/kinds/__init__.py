@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,7 +17,8 @@ class Inputs(NamedTuple):
 
     `encoded` uint8 [bytes] and `frames` int32 [T] go to DALI's decoder, unless `decoded` uint8 [T, H, W, 3] already
     holds those frames; the one that is not used is a placeholder of one element. `box` int32 [4]: y, x, height, width.
-    `flip` int32 scalar, `is_encoded` bool scalar.
+    `flip` int32 scalar, `is_encoded` bool scalar. `operations` int32 [layers, 3]: which of an augmenting kind's
+    operations are done, how severely and with which sign.
     """
 
     encoded: np.ndarray
@@ -26,6 +27,7 @@ class Inputs(NamedTuple):
     is_encoded: np.ndarray
     box: np.ndarray
     flip: np.ndarray
+    operations: np.ndarray = np.zeros((1, 3), dtype=np.int32)
 
     @classmethod
     def of_encoded(cls, data: np.ndarray, frames: np.ndarray, box: Box, flip: bool) -> Inputs:
@@ -61,3 +63,23 @@ class Kind(Protocol):
 
     def graph(self, inputs: Inputs, device: str) -> DataNode:
         """The pipeline's graph from inputs to normalised float32 pixels; `device` is "cpu" or "gpu"."""
+
+
+@runtime_checkable
+class Annotated(Protocol):
+    """A kind whose samples are not the lines of a list: it names their files itself and adds to them what no pixel
+    holds. Its module has `collate(list of what annotate gave) -> dict of arrays`, which join the batch."""
+
+    def paths(self) -> list[str]:
+        """The file of every sample; several samples may share one."""
+
+    def annotate(self, width: int, height: int, key: SampleKey) -> dict[str, np.ndarray]:
+        """What belongs to a sample of a file with frames of width x height pixels, a pure function of its arguments."""
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """An Annotated kind that changes whole batches at the end, on the device: what is random follows from the notes."""
+
+    def finish(self, batch: dict[str, Any], notes: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+        """The batch as it is handed out; `notes` is what `annotate` gave, one for each sample."""

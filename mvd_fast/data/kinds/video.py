@@ -11,7 +11,7 @@ from nvidia.dali.pipeline import DataNode
 from mvd_fast.config import RunConfig
 from mvd_fast.data import crops, media
 from mvd_fast.data.kinds import Inputs
-from mvd_fast.data.sampling import SampleKey, center_clip, random_clip
+from mvd_fast.data.sampling import Box, SampleKey, center_clip, random_clip
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,11 @@ class VideoKind:
         box, flip = self.crop.box(key, facts.width, facts.height), self.crop.flipped(key)
         if by_dali and facts.codec in self.dali_codecs and facts.pixel_format in media.PLAIN_FORMATS:
             return Inputs.of_encoded(*media.trimmed(data, frames, facts), box, flip)
-        return Inputs.of_pixels(media.decode_frames(data, frames, facts), box, flip)
+        return self.of_pixels(media.decode_frames(data, frames, facts), box, flip)
+
+    def of_pixels(self, frames: np.ndarray, box: Box, flip: bool) -> Inputs:
+        """Of frames uint8 [T, H, W, 3] that were decoded here."""
+        return Inputs.of_pixels(frames, box, flip)
 
     def graph(self, inputs: Inputs, device: str) -> DataNode:
         pixels = decoded_video(inputs, device)  # FHWC

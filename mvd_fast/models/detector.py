@@ -1,0 +1,95 @@
+"""Action detection (AVA): what the people in given boxes do, from one RoI of the token map for each box."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from mvd_fast.config import ModelConfig, TeachersConfig
+from mvd_kernels import AddLayerNorm
+
+from .layers import (
+    LN_EPS,
+    TubeletEmbed,
+    block_flops,
+    check_shape,
+    check_video,
+    frozen,
+    init_linear,
+    linear_flops,
+    make_blocks,
+    run_blocks,
+)
+from .positions import sincos_3d
+
+ROI_SIDE = 7  # sampling points of a box, each way
+
+
+class ActionDetector(nn.Module):
+    """Clips and boxes -> logits of every action for every box.
+
+    As in VideoMAE's detector (Tong et al. 2022), which MVD's AVA results use: all tokens with joint space-time
+    attention, the pre-trained final norm, the mean over time, RoIAlign of 7 x 7, the maximum over these, one linear
+    layer. `head_scale` shrinks the head's initial weights. The encoder's parameters have the student's names.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        num_frames: int,
+        tubelet_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int,
+        drop_path: float = 0.0,
+        head_scale: float = 0.001,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        side = image_size // patch_size
+        self.grid = (num_frames // tubelet_size, side, side)
+        self.image_size, self.num_frames, self.embed_dim = image_size, num_frames, embed_dim
+        self.recompute = activation_checkpointing
+        self.patch_embed = TubeletEmbed(embed_dim, tubelet_size, patch_size)
+        self.pos_embed = frozen(sincos_3d(embed_dim, *self.grid))
+        self.blocks = make_blocks(embed_dim, depth, num_heads, drop_path)
+        self.norm = AddLayerNorm(embed_dim, eps=LN_EPS)
+        self.head = nn.Linear(embed_dim, num_classes)
+        init_linear(self)
+        self.head.weight.data.mul_(head_scale)
+
+    def token_map(self, video: Tensor) -> Tensor:
+        """video float [B, 3, T, H, W] (normalised) -> [B, D, H', W'], normed tokens averaged over time."""
+        check_video(video, self.num_frames, self.image_size)
+        pending = run_blocks(self.blocks, self.patch_embed(video, self.pos_embed), self.recompute)
+        tokens = self.norm(*pending)[1].unflatten(1, self.grid)  # [B, T', H', W', D]
+        return tokens.mean(1).permute(0, 3, 1, 2)
+
+    def forward(self, video: Tensor, boxes: Tensor, box_clip: Tensor) -> Tensor:
+        """video float [B, 3, T, H, W]; boxes float [R, 4], x1, y1, x2, y2 as shares of the input's sides; box_clip
+        int64 [R], the clip of each -> logits float [R, num_classes]."""
+        check_shape("boxes", boxes, (4,))
+        features = self.token_map(video).float()  # coordinates need float32, and so does torchvision on a CPU
+        _, height, width = self.grid
+        corners = boxes.float() * boxes.new_tensor((width, height, width, height), dtype=torch.float32)
+        rois = torch.cat([box_clip[:, None].float(), corners], dim=1)
+        pooled = roi_align(features, rois, ROI_SIDE, aligned=True).amax((2, 3))  # [R, D]
+        return self.head(pooled.to(self.head.weight.dtype))
+
+    def flops(self) -> float:
+        """Forward FLOP per clip, without the few of its boxes."""
+        tokens = math.prod(self.grid)
+        embed = linear_flops(tokens, self.patch_embed.pixels, self.embed_dim)
+        return embed + len(self.blocks) * block_flops(tokens, self.embed_dim)
+
+
+def build(config: ModelConfig, teachers: TeachersConfig) -> ActionDetector:
+    """The detector of a run, fresh."""
+    assert config.num_classes is not None, "checked when the config is loaded"
+    decoder = {"decoder_dim", "decoder_depth", "decoder_heads"}
+    return ActionDetector(**config.model_dump(exclude={"kind", "init", "head_dropout"} | decoder))

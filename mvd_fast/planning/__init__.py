@@ -1,0 +1,1 @@
+"""What a run will take, said before it starts: `mvd-fast plan`."""

@@ -1,0 +1,62 @@
+"""Started by `deepspeed` with several ranks: bytes of weights, gradients and optimiser state that this rank holds."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from mvd_fast.config_file import load_config
+from mvd_fast.engine import backward, start_engine
+from mvd_fast.models import build_model
+from mvd_fast.train import distributed
+from mvd_kernels import tube_mask
+
+
+def storages(network: torch.nn.Module | None = None) -> dict[int, torch.UntypedStorage]:
+    """All tensors that Python knows, and gradients, which it may not know yet."""
+    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    found += [p.grad for p in network.parameters() if p.grad is not None] if network else []
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in found}
+
+
+def measure(config_file: str, stage: int, precision: str, accumulation: int) -> int:
+    """Bytes after the backward passes of the second update, its inputs and all that was there before left out."""
+    settings = [f"deepspeed.zero_optimization.stage={stage}", f'precision="{precision}"']
+    config = load_config(config_file, settings)
+    model = config.model
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    video = torch.randn(2, 3, model.num_frames, model.image_size, model.image_size).to(dtype)
+    mask = tube_mask(0, 0, torch.arange(2), model.grid, config.data.mask_ratio).mask
+    gc.collect()
+    before = storages()  # kept, so that no address is used again
+    network = build_model(model, config.teachers)
+    ranks = int(os.environ["WORLD_SIZE"])
+    engine = start_engine(network, config, config.batch.size // accumulation // ranks, accumulation)
+    most = 0
+    for update in range(2):
+        for _ in range(accumulation):
+            loss = sum(part.float().pow(2).mean() for part in engine(video, mask))
+            backward(engine, loss)
+            del loss
+            gc.collect()
+            held = {place: one for place, one in storages(network).items() if place not in before}
+            most = max(most, sum(one.nbytes() for one in held.values())) if update else 0
+            del held
+            engine.step()
+    return most
+
+
+if __name__ == "__main__":
+    config_file, out, *cases = sys.argv[1:]
+    found = {}
+    with distributed():
+        for case in cases:
+            stage, precision, accumulation = case.split("-")
+            found[case] = measure(config_file, int(stage), precision, int(accumulation))
+    if os.environ["RANK"] == "0":
+        Path(out).write_text(json.dumps(found))
