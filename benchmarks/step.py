@@ -147,11 +147,11 @@ def engine_side(name: str, args: argparse.Namespace, folder: Path) -> Side:
     config, clips = load_config(args.config, [*args.set, *RECIPES[name]]), args.batch
     objective, batch = make_objective(config), make_batch(config, clips, config.data.masks_per_clip)
     batch["video"] = batch["video"].to(DTYPES[config.precision])
+    samples, student = clips * config.data.masks_per_clip, objective.model
+    feed = make_feed(args, RECIPES[name], objective, samples, folder)  # stores teachers as a checkpoint has them
     teachers = {"image_teacher": config.teachers.image, "video_teacher": config.teachers.video}
     for role, teacher in teachers.items():
         to_precision(getattr(objective, role), teacher.precision or config.precision)
-    samples, student = clips * config.data.masks_per_clip, objective.model
-    feed = make_feed(args, RECIPES[name], objective, samples, folder)
     if config.teachers.cache.path:
         with torch.no_grad():
             batch["target_image"], batch["target_video"] = objective.targets(batch["video"])

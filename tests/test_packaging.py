@@ -30,7 +30,7 @@ ALLOWED = {
     "mvd_fast.files": set(),
     "mvd_fast.models": {"mvd_kernels"},
     "mvd_fast.interop": {"mvd_fast.models"},
-    "mvd_fast.teachers": {"mvd_fast.models", "mvd_fast.interop"},
+    "mvd_fast.teachers": {"mvd_fast.models", "mvd_fast.interop", "mvd_kernels"},
     "mvd_fast.objectives": {"mvd_fast.models", "mvd_fast.teachers", "mvd_fast.interop", "mvd_kernels"},
     "mvd_fast.data": {"mvd_kernels"},
     "mvd_fast.targets": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mvd_kernels import (
     AddLayerNorm,
-    Linear8bit,
     attention,
     embed_visible_tubes,
     linear_smooth_l1,
@@ -21,6 +20,9 @@ from mvd_kernels import (
 )
 
 LN_EPS = 1e-6
+
+MakeFrozen = Callable[[nn.Linear, str | None], nn.Module]
+"""Of a layer and an activation after it (None or "gelu"), one without gradients that computes both."""
 
 
 class DropPath(nn.Module):
@@ -61,7 +63,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
         """-> [B, N, D], or [B, outputs, D]: of the last `outputs` tokens only, which attend to all."""
         if outputs is None or outputs == x.shape[1]:
-            qkv = self.qkv(x) if isinstance(self.qkv, Linear8bit) else F.linear(x, self.qkv.weight, self._bias())
+            qkv = F.linear(x, self.qkv.weight, self._bias()) if self.split_bias else self.qkv(x)
             q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # each [B, N, heads, head dim]
         else:
             dim, bias = x.shape[2], self._bias()
@@ -76,12 +78,13 @@ class Attention(nn.Module):
             return self.qkv.bias
         return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
 
-    def to_8bit(self, format: str) -> None:
-        """Makes its products 8-bit ones (`mvd_kernels.Linear8bit`), for good: a frozen teacher's."""
-        joined = nn.Linear(1, 1)
-        joined.weight, joined.bias = self.qkv.weight, nn.Parameter(self._bias().detach(), requires_grad=False)
-        self.qkv = Linear8bit.from_linear(joined, format=format)
-        self.proj = Linear8bit.from_linear(self.proj, format=format)
+    def freeze(self, make: MakeFrozen) -> None:
+        """Replaces its linear layers, for good: a frozen teacher's."""
+        self.qkv.bias = nn.Parameter(self._bias().detach(), requires_grad=False)
+        if self.split_bias:
+            self.split_bias = False
+            del self.q_bias, self.v_bias
+        self.qkv, self.proj = make(self.qkv, None), make(self.proj, None)
 
 
 class Mlp(nn.Module):
@@ -89,15 +92,14 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.act: nn.Module = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        return self.fc2(hidden if isinstance(self.fc1, Linear8bit) else F.gelu(hidden))
+        return self.fc2(self.act(self.fc1(x)))
 
-    def to_8bit(self, format: str) -> None:
-        """As `Attention.to_8bit`; the GELU moves into the first product."""
-        self.fc1 = Linear8bit.from_linear(self.fc1, activation="gelu", format=format)
-        self.fc2 = Linear8bit.from_linear(self.fc2, format=format)
+    def freeze(self, make: MakeFrozen) -> None:
+        """As `Attention.freeze`; the GELU moves into the first layer."""
+        self.fc1, self.fc2, self.act = make(self.fc1, "gelu"), make(self.fc2, None), nn.Identity()
 
 
 class Pending(NamedTuple):

@@ -7,12 +7,15 @@ one feature per token of the student: images [B, 3, H, W] -> [B, H' W', C] in th
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 
 import torch
 from torch import nn
 
 from mvd_fast.config import ModelConfig, Precision, TeacherConfig, TeacherPrecision
+from mvd_fast.models.frozen import FrozenLinear
+from mvd_kernels import Linear8bit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -30,9 +33,9 @@ def build_teacher(config: TeacherConfig, model: ModelConfig, precision: Precisio
 
 def to_precision(teacher: nn.Module, precision: TeacherPrecision) -> nn.Module:
     """The frozen teacher in `precision`; 8 bits are for its blocks' linear layers, the rest is bf16 then."""
-    if precision in DTYPES:
-        return teacher.to(DTYPES[precision])
+    plain = precision in DTYPES
+    make = FrozenLinear.from_linear if plain else partial(Linear8bit.from_linear, format=precision)
     for module in list(teacher.modules()):
-        if hasattr(module, "to_8bit"):
-            module.to_8bit(precision)
-    return teacher.bfloat16()
+        if hasattr(module, "freeze"):
+            module.freeze(make)
+    return teacher.to(DTYPES[precision] if plain else torch.bfloat16)

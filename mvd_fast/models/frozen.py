@@ -1,0 +1,85 @@
+"""Linear layers of frozen networks in bf16 on a CPU: oneDNN's own order of the weight, GELU in the product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer without gradients, and the exact GELU of it if `gelu`; made from a layer by `from_linear`.
+
+    For bf16 on a CPU that multiplies it, the weight is kept in the order in which oneDNN reads it (else it is brought
+    into that order at every call), and GELU is taken of the fp32 sums before they are rounded. Anywhere else, and where
+    x requires a gradient, it is `F.linear` and `F.gelu`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> None:
+        super().__init__()
+        self.weight = _frozen(weight)  # [D, C]; None while `_packed` stands for it
+        self.register_parameter("bias", None if bias is None else _frozen(bias))
+        self.gelu = gelu
+        self._packed: Tensor | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, activation: str | None = None) -> FrozenLinear:
+        """The layer on the same memory. `activation`: None or "gelu"."""
+        return cls(linear.weight, linear.bias, activation == "gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., D] in the dtype of x."""
+        if self._packs(x):
+            activation = ("gelu", [], "none") if self.gelu else ("none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self._pack(x), self.bias, *activation)
+        self._unpack()
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y) if self.gelu else y
+
+    def _packs(self, x: Tensor) -> bool:
+        return (
+            type(x) is Tensor  # what stands for one, as in a dry run, knows no such product
+            and x.device.type == "cpu"
+            and x.dtype == torch.bfloat16
+            and (self._packed is not None or self.weight.dtype == torch.bfloat16)
+            and x.numel() > 0
+            and not (x.requires_grad and torch.is_grad_enabled())
+            and not torch.is_autocast_enabled("cpu")
+            and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+
+    def _pack(self, x: Tensor) -> Tensor:
+        """The weight in the order that suits as many rows as x has; any number is computed with it."""
+        if self._packed is None:
+            rows = x.numel() // x.shape[-1]
+            self._packed, self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows), None
+        return self._packed
+
+    def _unpack(self) -> None:
+        if self._packed is not None:
+            self.weight, self._packed = _frozen(self._packed.to_dense()), None
+
+    # Whoever moves, copies or saves the layer finds a plain weight.
+
+    def _apply(self, *arguments: Any, **options: Any) -> FrozenLinear:
+        self._unpack()
+        return super()._apply(*arguments, **options)
+
+    def _save_to_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self._unpack()
+        super()._save_to_state_dict(*arguments, **options)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*arguments, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._unpack()
+        return self.__dict__.copy()
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
