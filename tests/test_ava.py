@@ -319,7 +319,8 @@ def test_detections_of_a_trained_run(digit_set: Path, trained: Path, capsys: pyt
 
 def test_bad_requests_are_one_sentence(digit_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     truth = ["--annotations", str(digit_set / "test.csv"), "--label-map", str(digit_set / "actions.pbtxt")]
-    assert main(["ava-evaluate", str(tmp_path), *truth]) == 2
-    assert "is no folder of a run" in capsys.readouterr().err
+    for folder in (str(tmp_path), "/"):
+        assert main(["ava-evaluate", folder, *truth, "--out", str(tmp_path / "found.csv")]) == 2
+        assert "is no folder of a run" in capsys.readouterr().err
     assert main(["ava-map", str(tmp_path / "none.csv"), *truth]) == 2
     assert "none.csv cannot be read" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def read_annotations(path: str | Path) -> Boxes:
         _require_columns(fields, (7, 8), "video,timestamp,x1,y1,x2,y2,action_id and perhaps person_id")
         if len(fields) == 8:
             _whole("person_id", fields[7])
-        return Row(_key_frame(fields), _box(fields), _action(fields[6]), 1.0)
+        return Row(_key_frame(fields), _person_box(fields), _action(fields[6]), 1.0)
 
     return Boxes.of_rows(_require_some(path, list(_parsed(path, parse)), "boxes"))
 
@@ -114,7 +114,7 @@ def read_proposals(path: str | Path, threshold: float) -> Boxes:
 
     def parse(fields: list[str]) -> Row:
         _require_columns(fields, (8,), "video,timestamp,x1,y1,x2,y2,(empty),score")
-        return Row(_key_frame(fields), _box(fields), NO_ACTION, _number("score", fields[7]))
+        return Row(_key_frame(fields), _person_box(fields), NO_ACTION, _number("score", fields[7]))
 
     best: dict[tuple[KeyFrame, tuple[float, ...]], Row] = {}
     for row in _parsed(path, parse):
@@ -232,3 +232,13 @@ def _box(fields: list[str]) -> tuple[float, float, float, float]:
             f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} seems to be in pixels; divide by the frame's width and height"
         )
     return x1, y1, x2, y2
+
+
+def _person_box(fields: list[str]) -> tuple[float, float, float, float]:
+    """A box of somebody to be seen; detections of others are taken as they are, and are false."""
+    x1, y1, x2, y2 = box = _box(fields)
+    if x2 < x1 or y2 < y1:
+        raise ValueError(f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} ends before it begins; write x1,y1,x2,y2")
+    if x2 <= 0 or y2 <= 0 or x1 >= 1 or y1 >= 1:
+        raise ValueError(f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} is outside the frame, which goes from 0 to 1")
+    return box

@@ -105,7 +105,7 @@ def load_detector(checkpoint: str) -> tuple[torch.nn.Module, RunConfig]:
     from mvd_fast.models import build_model
 
     folder = Path(checkpoint)
-    places = [folder / "config.json", folder.absolute().parents[1] / "config.json"]
+    places = [folder / "config.json", folder.absolute().parent.parent / "config.json"]
     file = next((place for place in places if place.is_file()), None)
     if not folder.is_dir() or file is None:
         raise ValueError(f"{checkpoint} is no folder of a run with a config.json, nor one of its checkpoints")
