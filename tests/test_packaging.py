@@ -49,6 +49,7 @@ ALLOWED = {
         "mvd_fast.objectives",
         "mvd_fast.targets",
         "mvd_fast.teachers",
+        "mvd_kernels",
     },
     "mvd_fast.report": {"mvd_fast.models", "mvd_kernels"},
 }

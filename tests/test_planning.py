@@ -123,6 +123,28 @@ def test_the_measured_step_is_predicted_and_larger_work_is_not_launch_bound() ->
     assert known.phases[0].seconds == pytest.approx(256 * known.objective.grid[0] * 35e9 / 494.5e12, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        ('teachers.image.precision="int8"', 'teachers.video.precision="int8"'),
+        ("data.masks_per_clip=2", "objective.predict_fraction=0.5"),
+        ('teachers.cache.path="store"',),
+    ],
+)
+def test_recipes_that_need_less_work_are_planned_whole(recipe: tuple[str, ...]) -> None:
+    """The dry run goes through them, and 8-bit teachers are networks of as many parameters in half of the memory."""
+    small = ("batch.size=8", "model.num_frames=4", *recipe)
+    plain, less = make_plan("vits_from_vitb", 2, *small[:2]), make_plan("vits_from_vitb", 2, *small)
+    found = [{figure.figure: figure.value for figure in plan.figures()} for plan in (plain, less)]
+    assert less.step.peak > 0
+    if "int8" in recipe[0]:
+        name = "image teacher's parameters"
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-3)
+        assert found[1]["teachers"] == pytest.approx(found[0]["teachers"] / 2, rel=0.05)
+    else:
+        assert found[1]["step"] < found[0]["step"]
+
+
 @pytest.mark.parametrize("name", [name for name in list_recipes() if "finetune" not in name])
 def test_every_recipe_has_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All figures but the dry run's; that one is done for other networks above."""

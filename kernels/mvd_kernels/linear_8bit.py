@@ -73,8 +73,9 @@ def _cpp(x: Tensor, values: Tensor, scale: Tensor, packed: Tensor | None, bias: 
 
 
 def _pack(values: Tensor) -> Tensor | None:
-    """What the C++ kernels read; None where they do not run."""
-    runs = values.device.type == "cpu" and values.dtype == torch.int8 and extension()[0] is not None
+    """What the C++ kernels read; None where they do not run, as on tensors without memory."""
+    on_cpu = type(values) is Tensor and values.device.type == "cpu"
+    runs = on_cpu and values.dtype == torch.int8 and extension()[0] is not None
     return torch.ops.mvd_kernels.linear_8bit_pack_cpp(values) if runs else None
 
 

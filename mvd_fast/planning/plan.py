@@ -19,6 +19,7 @@ from mvd_fast.config import RunConfig
 from mvd_fast.config_file import ConfigError, check_batch, load_config
 from mvd_fast.files import write_text
 from mvd_fast.targets.store import layout
+from mvd_kernels import Linear8bit
 
 from .dry_run import StepBytes, objective_without_memory, step_bytes
 from .figures import Figure
@@ -159,7 +160,9 @@ class Plan:
         yield Figure("network", "frozen position tables", frozen / 1e6, "M", "counted", built)
         for role in ("image", "video"):
             if teacher := getattr(self.objective, f"{role}_teacher", None):
-                size = sum(p.numel() for p in teacher.parameters()) / 1e6
+                quantized = [module for module in teacher.modules() if isinstance(module, Linear8bit)]
+                held = [*teacher.parameters(), *(part for one in quantized for part in (one.weight, one.bias))]
+                size = sum(part.numel() for part in held) / 1e6
                 yield Figure("network", f"{role} teacher's parameters", size, "M", "counted", built)
         how = "the objective's own count, multiply-adds as 2; equal to torch's FlopCounterMode in tests/test_flops.py"
         for name, flop in flop_by_phase(self.objective, self.config).items():
