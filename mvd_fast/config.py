@@ -97,6 +97,10 @@ class CacheConfig(Strict):
 class TeachersConfig(Strict):
     image: TeacherConfig | None = None
     video: TeacherConfig | None = None
+    compile: bool = Field(
+        False,
+        description="run them through torch.compile, on a GPU in CUDA graphs; the first step takes longer",
+    )
     cache: CacheConfig = CacheConfig()
 
 

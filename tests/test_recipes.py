@@ -174,3 +174,23 @@ def test_mistakes_are_named(inputs: Path, tmp_path: Path, overrides: list[str], 
     with pytest.raises(ConfigError) as error:
         check_batch(config(inputs, tmp_path, *overrides), 1)
     assert sentence in str(error.value)
+
+
+def test_compiled_teachers_give_the_same_features(inputs: Path, tmp_path: Path) -> None:
+    """Through the config; each teacher is one graph (`fullgraph`), and hooks still see its calls."""
+    video = torch.randn(2, 3, 8, 32, 32)
+    features = {}
+    for compiled in ("false", "true"):
+        settings = (
+            f"teachers.compile={compiled}",
+            'teachers.image.precision="fp32"',
+            'teachers.video.precision="fp32"',
+        )
+        objective, calls = build_objective(config(inputs, tmp_path, *settings)), []
+        objective.video_teacher.register_forward_hook(lambda *_, calls=calls: calls.append("video"))
+        with torch.inference_mode():
+            features[compiled] = [objective.targets(video) for _ in range(2)]
+        assert len(calls) == 2
+    for expected, found in zip(features["false"], features["true"], strict=True):
+        for role in range(2):
+            torch.testing.assert_close(found[role], expected[role], rtol=1e-4, atol=1e-4)

@@ -41,6 +41,7 @@ class FrozenLinear(nn.Module):
     def _packs(self, x: Tensor) -> bool:
         return (
             type(x) is Tensor  # what stands for one, as in a dry run, knows no such product
+            and not torch.compiler.is_compiling()
             and x.device.type == "cpu"
             and x.dtype == torch.bfloat16
             and (self._packed is not None or self.weight.dtype == torch.bfloat16)

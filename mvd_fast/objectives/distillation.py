@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mvd_fast.config import RunConfig
 from mvd_fast.models import build_model
-from mvd_fast.teachers import build_teacher
+from mvd_fast.teachers import build_teacher, compile_teacher
 
 # Backward costs twice the forward: one product for the input's gradient, one for the weight's.
 FORWARD_AND_BACKWARD = 3
@@ -106,6 +106,9 @@ def assemble(
     config: RunConfig, student: nn.Module, image_teacher: nn.Module | None, video_teacher: nn.Module | None
 ) -> DistillationObjective:
     """The objective of a run around networks that are there already."""
+    for teacher in (image_teacher, video_teacher):
+        if teacher is not None and config.teachers.compile:
+            compile_teacher(teacher)
     objective = DistillationObjective(
         student,
         image_teacher,

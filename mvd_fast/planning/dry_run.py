@@ -28,8 +28,9 @@ class StepBytes:
 
 def objective_without_memory(config: RunConfig) -> nn.Module:
     """The run's objective on the meta device: all shapes, no weights; in the run's precision."""
+    as_written = config.teachers.model_copy(update={"compile": False})
     with torch.device("meta"):
-        objective = build_objective(config)
+        objective = build_objective(config.model_copy(update={"teachers": as_written}))
     objective.model.to(DTYPES[config.precision])
     return objective.train()
 

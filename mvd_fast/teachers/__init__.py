@@ -31,6 +31,12 @@ def build_teacher(config: TeacherConfig, model: ModelConfig, precision: Precisio
     return to_precision(teacher, config.precision or precision)
 
 
+def compile_teacher(teacher: nn.Module) -> None:
+    """From its first call on the forward pass is compiled as one graph; on a GPU it is replayed as a CUDA graph, whose
+    results the next call overwrites. Another batch size is compiled anew."""
+    teacher.forward = torch.compile(teacher.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+
 def to_precision(teacher: nn.Module, precision: TeacherPrecision) -> nn.Module:
     """The frozen teacher in `precision`; 8 bits are for its blocks' linear layers, the rest is bf16 then."""
     plain = precision in DTYPES
