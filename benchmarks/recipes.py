@@ -1,6 +1,6 @@
 """Costs and savings of the recipes that need less work, on the demo's task: `python benchmarks/recipes.py FOLDER`.
 
-FOLDER is that of a finished `mvd-fast demo --size medium`; its clips and teachers are used. Trains a student with each
+FOLDER is that of a finished `mvd-fast demo`; its clips and teachers are used. Trains a student with each
 recipe and three seeds, all with the same number of updates of the same number of student samples. Writes
 recipes.json, recipes.md and recipes.png: linear probes of the student (centre clips, test list), the final training
 loss, and the seconds of training, without starting up. What is there already is not trained again.
