@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from finetuning import SEEDS, train
+from spread import spread
 
 from mvd_fast.data import ava_files
 from mvd_fast.demo.ava_digits import ACTIONS, AvaDigitSet, write_ava_digits
@@ -93,9 +94,8 @@ def table(results: dict[str, Any]) -> str:
     """Markdown: mean and standard deviation over the seeds, percent."""
     lines = ["| start | `base_lr` | frame mAP, % |", "|---|---|---|"]
     for side, found in results["test"].items():
-        values, tried = [100 * value for value in found], results["validation"][side]
-        spread = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-        lines.append(f"| {side} | {max(tried, key=tried.__getitem__)} | {spread} |")
+        tried = results["validation"][side]
+        lines.append(f"| {side} | {max(tried, key=tried.__getitem__)} | {spread([100 * value for value in found])} |")
     lines.append(f"| random scores | | {100 * results['chance']:.1f} |")
     return "\n".join(lines) + "\n"
 

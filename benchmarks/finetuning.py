@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from spread import spread
+
 from mvd_fast.files import SUMMARY, write_text
 
 LEARNING_RATES = (0.004, 0.016, 0.064)
@@ -102,8 +104,7 @@ def table(results: dict[str, Any]) -> str:
     for side, runs in results["test"].items():
         cells = []
         for name in CHANCE:
-            values = [100 * run[name] for run in runs]
-            cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
+            cells.append(spread([100 * run[name] for run in runs]))
         chosen = results["chosen"][side]
         lines.append(f"| {side} | {chosen['base_lr']}, {chosen['layer_decay']} | {' | '.join(cells)} |")
     lines.append(f"| chance | | {' | '.join(f'{100 * share:.1f}' for share in CHANCE.values())} |")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from less_work import HALF, INT8, MASKS
+from spread import spread
 
 from mvd_fast.config import RunConfig
 from mvd_fast.config_file import load_config
@@ -102,18 +102,13 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     lines = ["| recipe | digit, % | motion, % | loss | seconds | samples/s |", "|---|---|---|---|---|---|"]
     for recipe, runs in results.items():
         cells = [
-            _spread([run[key] * factor for run in runs], digits)
+            spread([run[key] * factor for run in runs], digits)
             for key, factor, digits in (
                 ("digit", 100, 1), ("motion", 100, 1), ("loss", 1, 4), ("seconds", 1, 1), ("samples_per_second", 1, 0)
             )
         ]  # fmt: skip
         lines.append(f"| {recipe} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float], digits: int) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Fields of ModelConfig that pre-training networks do without.
+# Fields of ModelConfig that networks of the other stage do without.
+OF_PRE_TRAINING = ("decoder_dim", "decoder_depth", "decoder_heads")
 OF_FINE_TUNING = ("num_classes", "init", "head_dropout")
 
 Precision = Literal["fp32", "bf16"]
@@ -261,6 +262,11 @@ class RunConfig(Strict):
     @property
     def output_dir(self) -> str:
         return self.run_dir or f"runs/{self.name}"
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's, 0 where none is named."""
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
 
     @property
     def num_visible(self) -> int:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mvd_fast.config import AugmentConfig, DataConfig, EvaluationConfig, RunConfig, TeacherConfig
+from mvd_fast.config import OF_PRE_TRAINING, AugmentConfig, DataConfig, EvaluationConfig, RunConfig, TeacherConfig
 
 PACKAGE = Path(__file__).parent
 
@@ -192,11 +192,11 @@ def _part_faults(config: RunConfig) -> Iterator[str]:
     """What pre-training networks have and fine-tuned ones have not, and the reverse."""
     model = config.model
     decodes = DECODERS_OF_MODEL.get(model.kind)
-    decoder, tuned = ("decoder_dim", "decoder_depth", "decoder_heads"), ("num_classes", "init")
-    for field in decoder if decodes else ("num_classes",) if decodes is False else ():
+    tuned = ("num_classes", "init")
+    for field in OF_PRE_TRAINING if decodes else ("num_classes",) if decodes is False else ():
         if getattr(model, field) is None:
             yield f"model.{field} is missing; model {model.kind!r} needs it"
-    for field in tuned if decodes else decoder if decodes is False else ():
+    for field in tuned if decodes else OF_PRE_TRAINING if decodes is False else ():
         if getattr(model, field):
             yield f"model.{field}: model {model.kind!r} has no use for it: remove it"
     if config.optim.layer_decay != 1.0 and decodes:

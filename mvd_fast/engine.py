@@ -49,11 +49,7 @@ def backward(engine: Any, loss: Tensor) -> None:
 
 def has_own_masters(config: RunConfig) -> bool:
     """Whether the update is MasterAdamW's."""
-    return config.precision == "bf16" and _zero_stage(config) == 0
-
-
-def _zero_stage(config: RunConfig) -> int:
-    return config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    return config.precision == "bf16" and config.zero_stage == 0
 
 
 def deepspeed_config(config: RunConfig, micro: int, accumulation: int) -> dict[str, Any]:

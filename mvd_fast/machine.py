@@ -18,7 +18,7 @@ def cpu_name() -> str:
 def has_fast_bf16() -> bool:
     """Whether bf16 pays on what torch would train on: any GPU, or a CPU with bf16 arithmetic (AVX-512 and later).
 
-    Other CPUs multiply bf16 matrices at a tenth to a thirtieth of the speed of float32 (one thread of an AVX2 machine).
+    Other CPUs multiply bf16 matrices many times more slowly than float32 ones.
     """
     import torch
 

@@ -27,7 +27,6 @@ from mvd_fast.config_file import load_config
 from mvd_fast.data import build_loader, media
 from mvd_fast.data.ava_files import AvaError, KeyFrame
 from mvd_fast.data.kinds import ava
-from mvd_fast.data.kinds.ava import collate
 from mvd_fast.data.sampling import SampleKey, key_clip
 from mvd_fast.demo.ava_digits import AvaDigitSet, write_ava_digits
 from mvd_fast.interop.encoder import load_encoder
@@ -193,7 +192,7 @@ def test_scenes_are_people_with_all_their_actions(tmp_path: Path) -> None:
     assert [scene.frame for scene in kind.scenes] == [KeyFrame("v", 902), KeyFrame("w", 902)]
     assert kind.paths() == [str(tmp_path / "v" / "0902.webm"), str(tmp_path / "w.mkv")]
     assert [row.nonzero()[0].tolist() for row in kind.scenes[0].labels] == [[2, 11], [3]]
-    joined = collate([kind.annotate(10, 10, SampleKey(0, 0, number)) for number in (1, 0)])
+    joined = kind.collate([kind.annotate(10, 10, SampleKey(0, 0, number)) for number in (1, 0)])
     assert joined["box_clip"].tolist() == [0, 1, 1] and joined["labels"].shape == (3, 18)
     with pytest.raises(AvaError, match=r"has action 19, but model\.num_classes is 18"):
         (tmp_path / "train.csv").write_text(f"v,0902,{box},19,0")

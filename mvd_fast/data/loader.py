@@ -297,8 +297,7 @@ class _Producer:
 
 def _annotated(spec: PipelineSpec, batch: dict[str, Tensor], notes: list[Any]) -> dict[str, Tensor]:
     """The batch with what an Annotated kind adds, on the device, and finished where the kind does that."""
-    collate = importlib.import_module(type(spec.kind).__module__).collate
-    batch |= {name: torch.from_numpy(value).to(spec.device) for name, value in collate(notes).items()}
+    batch |= {name: torch.from_numpy(value).to(spec.device) for name, value in spec.kind.collate(notes).items()}
     return spec.kind.finish(batch, notes) if isinstance(spec.kind, Finishing) else batch
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvd_fast.arguments import positive
+from mvd_fast.arguments import add_network_arguments, positive
 from mvd_fast.data import ava_files
 from mvd_fast.files import write_text
 
@@ -142,7 +142,7 @@ def detect(
 
     from mvd_fast.data import crops
     from mvd_fast.data.ava_files import Boxes
-    from mvd_fast.data.kinds.ava import AvaKind, collate
+    from mvd_fast.data.kinds.ava import AvaKind
     from mvd_fast.data.lists import Entry
     from mvd_fast.data.pipeline import PipelineSpec
     from mvd_fast.data.sampling import SampleKey
@@ -168,7 +168,7 @@ def detect(
         samples = samples_of(pool, kind, entries, threads, left_out, on_scene)
         for video, index in batches_of(spec, samples) if mine else ():
             # The whole frame is shown: shares of it are shares of the input, whatever its size.
-            extra = collate([kind.annotate(1, 1, SampleKey(0, 0, number)) for number in index])
+            extra = kind.collate([kind.annotate(1, 1, SampleKey(0, 0, number)) for number in index])
             boxes, box_clip = (torch.from_numpy(extra[name]).to(device) for name in ("boxes", "box_clip"))
             chances = model(video, boxes, box_clip).float().sigmoid().cpu().numpy()[:, columns]
             for place, number in enumerate(index):
@@ -234,10 +234,8 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--root", default="", help="folder of the videos (default: the annotations')")
     parser.add_argument("--out", metavar="CSV", help="the detections (default: ava_detections.csv in CHECKPOINT)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    add_network_arguments(parser)
     parser.add_argument("--batch", type=positive, default=8, help="clips at once (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, default=2, help="that decode (default: %(default)s)")
     return parser
 
 

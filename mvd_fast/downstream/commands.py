@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mvd_fast.arguments import positive
+from mvd_fast.arguments import add_checkpoint_arguments, add_network_arguments, positive
 from mvd_fast.data.lists import Entry, ListError, read_dataset
 from mvd_fast.files import write_text, written_aside
 
@@ -309,9 +309,6 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampling-rate", type=positive, help="every n-th frame (default: the run's, or 4)")
     parser.add_argument("--frames", type=positive, help="frames of a clip (default: the checkpoint's)")
     parser.add_argument("--image-size", type=positive, help="pixels (default: the checkpoint's)")
-    parser.add_argument("--heads", type=positive, help="attention heads, where the width does not tell")
-    parser.add_argument("--positions", choices=("3d", "1d"), help="where the checkpoint does not tell")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    add_checkpoint_arguments(parser)
+    add_network_arguments(parser)
     parser.add_argument("--feature-batch", type=positive, default=16, help="clips at once (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, default=2, help="that decode (default: %(default)s)")

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvd_fast.arguments import positive
+from mvd_fast.arguments import add_checkpoint_arguments, add_network_arguments, positive
 from mvd_fast.config import EvaluationConfig
 from mvd_fast.data.lists import class_folders
 from mvd_fast.files import write_text, written_aside
@@ -219,10 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clips", type=positive, help="views in time (default: the run's, or 5)")
     parser.add_argument("--crops", type=positive, help="views in space (default: the run's, or 3)")
     parser.add_argument("--sampling-rate", type=positive, help="dense: every n-th frame (default: the run's, or 4)")
-    parser.add_argument("--heads", type=positive, help="attention heads, where the width does not tell")
-    parser.add_argument("--positions", choices=("3d", "1d"), help="where the checkpoint does not tell")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    add_checkpoint_arguments(parser)
+    add_network_arguments(parser)
     parser.add_argument("--batch", type=positive, default=16, help="views at once (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, default=2, help="that decode (default: %(default)s)")
     return parser

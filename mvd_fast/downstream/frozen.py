@@ -16,7 +16,6 @@ from torch import Tensor
 from mvd_fast.data import media
 from mvd_fast.data.crops import Crop
 from mvd_fast.data.kinds import Inputs
-from mvd_fast.data.kinds.ava import AvaKind
 from mvd_fast.data.kinds.video import VideoKind, decoded_video
 from mvd_fast.data.lists import Entry
 from mvd_fast.data.pipeline import PipelineSpec, build_pipeline, outputs_to_torch
@@ -44,6 +43,9 @@ class ViewKind(VideoKind):
 
     views: int = 1
 
+    def load_views(self, data: np.ndarray, facts: media.VideoInfo, number: int) -> list[Inputs]:
+        return [self.load(data, facts, SampleKey(0, view, number), by_dali=False) for view in range(self.views)]
+
     def frames(self, facts: media.VideoInfo, key: SampleKey) -> np.ndarray:
         if self.views == 1:
             return center_clip(facts.frames, self.num_frames, self.sampling_rate)
@@ -63,8 +65,8 @@ class MultiView(VideoKind):
     def views(self) -> int:
         return self.clips * self.crops
 
-    def load_views(self, data: np.ndarray, facts: media.VideoInfo) -> list[Inputs]:
-        """All views, the crops of a clip side by side. The box holds where the crop starts and the resized frame's
+    def load_views(self, data: np.ndarray, facts: media.VideoInfo, number: int) -> list[Inputs]:
+        """The crops of a clip side by side. The box holds where the crop starts and the resized frame's
         height and width."""
         size, views = self.crop.size, []
         for clip in range(self.clips):
@@ -153,29 +155,20 @@ def frozen_features(
 
 def samples_of(
     pool: ThreadPoolExecutor,
-    kind: ViewKind | MultiView | AvaKind,
+    kind: VideoKind,
     entries: Sequence[Entry],
     threads: int,
     bad: dict[str, str],
     on_file: Callable[[], None],
 ) -> Iterator[Sample]:
-    """All views of every usable file, in order; a few files are decoded ahead.
-
-    A kind that has `load_views` loads a file's views itself, all at once.
-    """
+    """All views of every usable file, in order; a few files are decoded ahead."""
 
     def load(number: int) -> list[Sample] | str:
         try:
             data = media.read_bytes(entries[number].path)
             facts = kind.check(data)
-            if isinstance(kind, MultiView):
-                return [
-                    Sample(Choice(SampleKey(0, view, number)), inputs)
-                    for view, inputs in enumerate(kind.load_views(data, facts))
-                ]
-            keys = [SampleKey(0, view, number) for view in range(kind.views)]
-            # Decoded here, not by DALI: what cannot be decoded is then known by name, and colours are the same.
-            return [Sample(Choice(key), kind.load(data, facts, key, by_dali=False)) for key in keys]
+            views = kind.load_views(data, facts, number)
+            return [Sample(Choice(SampleKey(0, view, number)), inputs) for view, inputs in enumerate(views)]
         except media.BadFile as error:
             return str(error)
 

@@ -8,27 +8,16 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from mvd_fast.config import ModelConfig, TeachersConfig
+from mvd_fast.config import OF_PRE_TRAINING, ModelConfig, TeachersConfig
 from mvd_kernels import AddLayerNorm
 
-from .layers import (
-    LN_EPS,
-    TubeletEmbed,
-    block_flops,
-    check_shape,
-    check_video,
-    frozen,
-    init_linear,
-    linear_flops,
-    make_blocks,
-    run_blocks,
-)
+from .layers import LN_EPS, ClipEncoder, check_shape, frozen, init_linear
 from .positions import sincos_3d
 
 ROI_SIDE = 7  # sampling points of a box, each way
 
 
-class ActionDetector(nn.Module):
+class ActionDetector(ClipEncoder):
     """Clips and boxes -> logits of every action for every box.
 
     As in VideoMAE's detector (Tong et al. 2022), which MVD's AVA results use: all tokens with joint space-time
@@ -50,14 +39,9 @@ class ActionDetector(nn.Module):
         head_scale: float = 0.001,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        side = image_size // patch_size
-        self.grid = (num_frames // tubelet_size, side, side)
-        self.image_size, self.num_frames, self.embed_dim = image_size, num_frames, embed_dim
-        self.recompute = activation_checkpointing
-        self.patch_embed = TubeletEmbed(embed_dim, tubelet_size, patch_size)
+        encoder = (image_size, patch_size, num_frames, tubelet_size, embed_dim, depth, num_heads)
+        super().__init__(*encoder, drop_path, activation_checkpointing)
         self.pos_embed = frozen(sincos_3d(embed_dim, *self.grid))
-        self.blocks = make_blocks(embed_dim, depth, num_heads, drop_path)
         self.norm = AddLayerNorm(embed_dim, eps=LN_EPS)
         self.head = nn.Linear(embed_dim, num_classes)
         init_linear(self)
@@ -65,9 +49,7 @@ class ActionDetector(nn.Module):
 
     def token_map(self, video: Tensor) -> Tensor:
         """video float [B, 3, T, H, W] (normalised) -> [B, D, H', W'], normed tokens averaged over time."""
-        check_video(video, self.num_frames, self.image_size)
-        pending = run_blocks(self.blocks, self.patch_embed(video, self.pos_embed), self.recompute)
-        tokens = self.norm(*pending)[1].unflatten(1, self.grid)  # [B, T', H', W', D]
+        tokens = self.norm(*self.encode_tubes(video, self.pos_embed))[1].unflatten(1, self.grid)  # [B, T', H', W', D]
         return tokens.mean(1).permute(0, 3, 1, 2)
 
     def forward(self, video: Tensor, boxes: Tensor, box_clip: Tensor) -> Tensor:
@@ -83,13 +65,10 @@ class ActionDetector(nn.Module):
 
     def flops(self) -> float:
         """Forward FLOP per clip, without the few of its boxes."""
-        tokens = math.prod(self.grid)
-        embed = linear_flops(tokens, self.patch_embed.pixels, self.embed_dim)
-        return embed + len(self.blocks) * block_flops(tokens, self.embed_dim)
+        return self.encoder_flops(math.prod(self.grid))
 
 
 def build(config: ModelConfig, teachers: TeachersConfig) -> ActionDetector:
     """The detector of a run, fresh."""
     assert config.num_classes is not None, "checked when the config is loaded"
-    decoder = {"decoder_dim", "decoder_depth", "decoder_heads"}
-    return ActionDetector(**config.model_dump(exclude={"kind", "init", "head_dropout"} | decoder))
+    return ActionDetector(**config.model_dump(exclude={"kind", "init", "head_dropout", *OF_PRE_TRAINING}))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import frozen
+
 
 class FrozenLinear(nn.Module):
     """A linear layer without gradients, and the exact GELU of it if `gelu`; made from a layer by `from_linear`.
@@ -19,8 +21,8 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> None:
         super().__init__()
-        self.weight = _frozen(weight)  # [D, C]; None while `_packed` stands for it
-        self.register_parameter("bias", None if bias is None else _frozen(bias))
+        self.weight = frozen(weight.detach())  # [D, C]; None while `_packed` stands for it
+        self.register_parameter("bias", None if bias is None else frozen(bias.detach()))
         self.gelu = gelu
         self._packed: Tensor | None = None
 
@@ -61,7 +63,7 @@ class FrozenLinear(nn.Module):
 
     def _unpack(self) -> None:
         if self._packed is not None:
-            self.weight, self._packed = _frozen(self._packed.to_dense()), None
+            self.weight, self._packed = frozen(self._packed.to_dense()), None
 
     # Whoever moves, copies or saves the layer finds a plain weight.
 
@@ -80,7 +82,3 @@ class FrozenLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._unpack()
         return self.__dict__.copy()
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=False)

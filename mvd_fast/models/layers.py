@@ -174,6 +174,40 @@ class TubeletEmbed(nn.Module):
         return embed_visible_tubes(video, self.proj.weight, self.proj.bias, pos, index)
 
 
+class ClipEncoder(nn.Module):
+    """Tubes of clips and the blocks over them: what every network of videos begins with."""
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        num_frames: int,
+        tubelet_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        drop_path: float = 0.0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        side = image_size // patch_size
+        self.grid = (num_frames // tubelet_size, side, side)
+        self.image_size, self.num_frames, self.embed_dim = image_size, num_frames, embed_dim
+        self.recompute = activation_checkpointing
+        self.patch_embed = TubeletEmbed(embed_dim, tubelet_size, patch_size)
+        self.blocks = make_blocks(embed_dim, depth, num_heads, drop_path)
+
+    def encode_tubes(self, video: Tensor, pos: Tensor, index: Tensor | None = None) -> Pending:
+        """video [B, 3, T, H, W], pos [1, N, D] -> tokens [B, N, D], or [B, M, D] for index int64 [B, M]."""
+        check_video(video, self.num_frames, self.image_size)
+        return run_blocks(self.blocks, self.patch_embed(video, pos, index), self.recompute)
+
+    def encoder_flops(self, tokens: int) -> float:
+        """Forward FLOP of one clip with so many tokens."""
+        embed = linear_flops(tokens, self.patch_embed.pixels, self.embed_dim)
+        return embed + len(self.blocks) * block_flops(tokens, self.embed_dim)
+
+
 class MaskTokens(nn.Linear):
     """Encoder output to a decoder's input: projected visible tokens, then mask tokens, each with its position."""
 
@@ -237,9 +271,9 @@ def mask_token(dim: int) -> nn.Parameter:
     return token
 
 
-def frozen(table: Tensor) -> nn.Parameter:
-    """A table that is stored in checkpoints and never trained."""
-    return nn.Parameter(table, requires_grad=False)
+def frozen(values: Tensor) -> nn.Parameter:
+    """What is stored in checkpoints and never trained: tables, weights of teachers."""
+    return nn.Parameter(values, requires_grad=False)
 
 
 def check_video(video: Tensor, num_frames: int, image_size: int) -> None:

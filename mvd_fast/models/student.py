@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvd_fast.config import OF_FINE_TUNING, ModelConfig, TeachersConfig
 from mvd_kernels import AddLayerNorm, scatter_mask_tokens
 
 from .layers import (
     LN_EPS,
+    ClipEncoder,
     Decoder,
     MaskTokens,
     Target,
-    TubeletEmbed,
-    block_flops,
     check_video,
     decoder_flops,
     frozen,
     init_linear,
     linear_flops,
-    make_blocks,
     mask_token,
     run_blocks,
 )
@@ -31,7 +29,7 @@ from .tokens import choose_tokens, per_clip, split_mask
 BRANCHES = ("img", "vid")
 
 
-class MaskedVideoStudent(nn.Module):
+class MaskedVideoStudent(ClipEncoder):
     """Predicts both teachers' features at the masked tokens from the visible tubes.
 
     Parameter names are the reference's: `patch_embed.proj`, `pos_embed`, `blocks.*`, `norm` and, for each of
@@ -55,16 +53,10 @@ class MaskedVideoStudent(nn.Module):
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        side = image_size // patch_size
-        self.grid = (num_frames // tubelet_size, side, side)
-        self.image_size, self.num_frames, self.tubelet_size = image_size, num_frames, tubelet_size
-        self.embed_dim, self.decoder_dim = embed_dim, decoder_dim
-        self.recompute = activation_checkpointing
-
-        self.patch_embed = TubeletEmbed(embed_dim, tubelet_size, patch_size)
+        encoder = (image_size, patch_size, num_frames, tubelet_size, embed_dim, depth, num_heads)
+        super().__init__(*encoder, drop_path, activation_checkpointing)
+        self.tubelet_size, self.decoder_dim = tubelet_size, decoder_dim
         self.pos_embed = frozen(sincos_3d(embed_dim, *self.grid))
-        self.blocks = make_blocks(embed_dim, depth, num_heads, drop_path)
         self.norm = AddLayerNorm(embed_dim, eps=LN_EPS)
         for branch, target_dim in zip(BRANCHES, (image_target_dim, video_target_dim), strict=True):
             decoder = Decoder(decoder_dim, decoder_depth, decoder_heads, target_dim, drop_path)
@@ -143,11 +135,6 @@ class MaskedVideoStudent(nn.Module):
             branch: getattr(self, f"decoder_{branch}")(one, masked.shape[1], target)
             for one, (branch, target) in zip(inputs, targets.items(), strict=True)
         }
-
-    def encoder_flops(self, num_visible: int) -> float:
-        """Forward FLOP per mask of the encoder alone, on `num_visible` tokens."""
-        embed = linear_flops(num_visible, self.patch_embed.pixels, self.embed_dim)
-        return embed + len(self.blocks) * block_flops(num_visible, self.embed_dim)
 
     def flops(self, num_visible: int, num_predicted: int | None = None) -> float:
         """Forward FLOP per mask of a clip: `num_visible` tokens visible, `num_predicted` (None: all others) decoded."""

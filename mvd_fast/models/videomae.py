@@ -12,23 +12,19 @@ from mvd_kernels import AddLayerNorm
 
 from .layers import (
     LN_EPS,
+    ClipEncoder,
     Decoder,
     MaskTokens,
-    TubeletEmbed,
-    block_flops,
-    check_video,
     decoder_flops,
     init_linear,
     linear_flops,
-    make_blocks,
     mask_token,
-    run_blocks,
 )
 from .positions import sinusoid_1d
 from .tokens import split_mask, tubes
 
 
-class VideoEncoder(nn.Module):
+class VideoEncoder(ClipEncoder):
     """VideoMAE's ViT with the 1-D sinusoid table over all tokens (not stored in checkpoints)."""
 
     def __init__(
@@ -42,13 +38,7 @@ class VideoEncoder(nn.Module):
         num_heads: int,
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__()
-        side = image_size // patch_size
-        self.grid = (num_frames // tubelet_size, side, side)
-        self.image_size, self.num_frames, self.embed_dim = image_size, num_frames, embed_dim
-        self.recompute = False
-        self.patch_embed = TubeletEmbed(embed_dim, tubelet_size, patch_size)
-        self.blocks = make_blocks(embed_dim, depth, num_heads, drop_path)
+        super().__init__(image_size, patch_size, num_frames, tubelet_size, embed_dim, depth, num_heads, drop_path)
         self.norm = AddLayerNorm(embed_dim, eps=LN_EPS)
         self.register_buffer("positions", sinusoid_1d(embed_dim, self.num_tokens), persistent=False)
 
@@ -58,14 +48,8 @@ class VideoEncoder(nn.Module):
 
     def forward(self, video: Tensor, visible: Tensor | None = None, normed: bool = False) -> Tensor:
         """video [B, 3, T, H, W] -> tokens [B, N, D], or [B, Nv, D] for visible int64 [B, Nv]; un-normed by default."""
-        check_video(video, self.num_frames, self.image_size)
-        x = run_blocks(self.blocks, self.patch_embed(video, self.positions, visible), self.recompute)
+        x = self.encode_tubes(video, self.positions, visible)
         return self.norm(*x)[1] if normed else x.sum()
-
-    def flops(self, num_tokens: int) -> float:
-        """Forward FLOP per clip on `num_tokens` tokens."""
-        embed = linear_flops(num_tokens, self.patch_embed.pixels, self.embed_dim)
-        return embed + len(self.blocks) * block_flops(num_tokens, self.embed_dim)
 
 
 class VideoTeacher(nn.Module):
@@ -92,7 +76,7 @@ class VideoTeacher(nn.Module):
 
     def flops(self) -> float:
         """Forward FLOP per clip."""
-        return self.encoder.flops(self.encoder.num_tokens)
+        return self.encoder.encoder_flops(self.encoder.num_tokens)
 
 
 class VideoMAE(nn.Module):
@@ -160,7 +144,7 @@ class VideoMAE(nn.Module):
         decoder = linear_flops(num_visible, self.encoder.embed_dim, dim)
         decoder += decoder_flops(tokens, dim, len(self.decoder.blocks), tokens - num_visible)
         decoder += linear_flops(tokens - num_visible, dim, self.decoder.head.out_features)
-        return self.encoder.flops(num_visible) + decoder
+        return self.encoder.encoder_flops(num_visible) + decoder
 
 
 def build(config: ModelConfig, teachers: TeachersConfig) -> VideoMAE:

@@ -71,10 +71,6 @@ class Plan:
     def step(self) -> StepBytes:
         return step_bytes(self.config, self.batch[0])
 
-    @property
-    def stage(self) -> int:
-        return self.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-
     @cached_property
     def teacher_bytes(self) -> int:
         teachers = (getattr(self.objective, f"{role}_teacher", None) for role in ("image", "video"))
@@ -109,7 +105,7 @@ class Plan:
 
     @cached_property
     def phases(self) -> list[Phase]:
-        settings = (self.gpu, self.gpus, self.stage, *self.batch, self.share, self.network_gb_s)
+        settings = (self.gpu, self.gpus, self.config.zero_stage, *self.batch, self.share, self.network_gb_s)
         return phases(self.objective, self.config, *settings)
 
     @property
@@ -203,7 +199,7 @@ class Plan:
                 f"{fits} {self.gpu.memory_gb:g} GB less {RESERVED:.0%} (assumed); largest micro batch: "
                 f"{largest or 'none'}"
             )
-            asked = ", as asked" if stage == self.stage else ""
+            asked = ", as asked" if stage == self.config.zero_stage else ""
             yield Figure(
                 section, f"ZeRO {stage}: in all{asked}", self.peak_bytes(stage) / 1e9, "GB", "predicted", source
             )
@@ -310,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.decode_fps,
     )
     figures = plan.figures()
-    title = f"{config.name} on {arguments.gpus} x {plan.gpu.title}, ZeRO {plan.stage}, {config.precision}"
+    title = f"{config.name} on {arguments.gpus} x {plan.gpu.title}, ZeRO {config.zero_stage}, {config.precision}"
     Console(width=max(120, Console().width), highlight=False).print(_table(title, figures))
     if arguments.json:
         rows = [asdict(figure) for figure in figures]

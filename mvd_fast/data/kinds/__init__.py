@@ -68,13 +68,16 @@ class Kind(Protocol):
 @runtime_checkable
 class Annotated(Protocol):
     """A kind whose samples are not the lines of a list: it names their files itself and adds to them what no pixel
-    holds. Its module has `collate(list of what annotate gave) -> dict of arrays`, which join the batch."""
+    holds."""
 
     def paths(self) -> list[str]:
         """The file of every sample; several samples may share one."""
 
     def annotate(self, width: int, height: int, key: SampleKey) -> dict[str, np.ndarray]:
         """What belongs to a sample of a file with frames of width x height pixels, a pure function of its arguments."""
+
+    def collate(self, notes: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """What joins the batch, of what `annotate` gave for its samples."""
 
 
 @runtime_checkable

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from mvd_fast.config import RunConfig
-from mvd_fast.data import ava_files, crops, media
+from mvd_fast.data import ava_files, media
 from mvd_fast.data.ava_files import AvaError, Boxes, KeyFrame
-from mvd_fast.data.kinds.video import VideoKind
+from mvd_fast.data.kinds.video import VideoKind, fields
 from mvd_fast.data.sampling import Purpose, SampleKey, key_clip
 
 INSIDE = 0.5  # share of a box that a crop must keep, or the box is left out
@@ -48,7 +48,6 @@ class AvaKind(VideoKind):
     first_second: int = 0
     jitter: tuple[float, float] = (0.0, 0.0)
     is_training: bool = True
-    views: int = 1  # of a key frame
 
     def paths(self) -> list[str]:
         """The file of every sample."""
@@ -84,6 +83,15 @@ class AvaKind(VideoKind):
             inside = np.stack([1 - inside[:, 2], inside[:, 1], 1 - inside[:, 0], inside[:, 3]], axis=1)
         return {"boxes": inside[kept].astype(np.float32), "labels": scene.labels[kept]}
 
+    def collate(self, notes: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """`boxes` float32 [R, 4] and `labels` float32 [R, classes], one clip's after the other's, and `box_clip`
+        int64 [R], which clip of the batch each is of."""
+        return {
+            "boxes": np.concatenate([note["boxes"] for note in notes]),
+            "labels": np.concatenate([note["labels"] for note in notes]),
+            "box_clip": np.repeat(np.arange(len(notes)), [len(note["boxes"]) for note in notes]),
+        }
+
     def _moved(self, boxes: np.ndarray, key: SampleKey) -> np.ndarray:
         sides = boxes[:, [2, 3, 2, 3]] - boxes[:, [0, 1, 0, 1]]
         most = np.array(self.jitter)[[0, 1, 0, 1]]
@@ -93,16 +101,6 @@ class AvaKind(VideoKind):
         else:
             share = (1.0 - INWARD) / 2
         return (boxes + (-1, -1, 1, 1) * most * share * sides).clip(0, 1)
-
-
-def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What `annotate` gave for a batch: `boxes` float32 [R, 4] and `labels` float32 [R, classes], one clip's after the
-    other's, and `box_clip` int64 [R], which clip of the batch each is of."""
-    return {
-        "boxes": np.concatenate([sample["boxes"] for sample in samples]),
-        "labels": np.concatenate([sample["labels"] for sample in samples]),
-        "box_clip": np.repeat(np.arange(len(samples)), [len(sample["boxes"]) for sample in samples]),
-    }
 
 
 def true_scenes(config: RunConfig) -> tuple[Scene, ...]:
@@ -182,11 +180,7 @@ def _clip_file(folder: str, second: int) -> str:
 
 def build(config: RunConfig, on_gpu: bool) -> AvaKind:
     return AvaKind(
-        num_frames=config.model.num_frames,
-        sampling_rate=config.data.sampling_rate,
-        centered=True,
-        crop=crops.from_config(config),
-        dali_codecs=media.DALI_GPU_CODECS if on_gpu else media.DALI_CPU_CODECS,
+        **fields(config, on_gpu),
         scenes=true_scenes(config),
         first_second=config.data.first_second,
         jitter=config.data.box_jitter,

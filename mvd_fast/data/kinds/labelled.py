@@ -9,9 +9,9 @@ import numpy as np
 from nvidia.dali.pipeline import DataNode
 
 from mvd_fast.config import AugmentConfig, RunConfig
-from mvd_fast.data import augment, crops, media
+from mvd_fast.data import augment, media
 from mvd_fast.data.kinds import Inputs
-from mvd_fast.data.kinds.video import VideoKind, decoded_video
+from mvd_fast.data.kinds.video import VideoKind, decoded_video, fields
 from mvd_fast.data.lists import Entry, ListError, read_dataset
 from mvd_fast.data.sampling import Box, SampleKey, random_segments
 
@@ -38,6 +38,10 @@ class LabelledKind(VideoKind):
             "erasing": augment.draw_erasing(key, self.recipe.random_erasing, self.crop.size),
             "mix": augment.draw_mix(key, self.recipe, self.crop.size),
         }
+
+    def collate(self, notes: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """`label` int64 [B]: the class of each sample."""
+        return {"label": np.array([note["label"] for note in notes], dtype=np.int64)}
 
     def frames(self, facts: media.VideoInfo, key: SampleKey) -> np.ndarray:
         if self.segments:
@@ -77,11 +81,6 @@ class LabelledKind(VideoKind):
         return {**batch, "video": video, "target": target}
 
 
-def collate(notes: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """`label` int64 [B]: the class of each sample."""
-    return {"label": np.array([note["label"] for note in notes], dtype=np.int64)}
-
-
 def read_labelled(path: str, root: str, classes: int) -> tuple[Entry, ...]:
     """The entries of a list or folder, each with a label below `classes`. Raises ListError for any other."""
     entries = read_dataset(path, root, media.VIDEO_EXTENSIONS, need_labels=True)
@@ -99,11 +98,7 @@ def read_labelled(path: str, root: str, classes: int) -> tuple[Entry, ...]:
 def build(config: RunConfig, on_gpu: bool) -> LabelledKind:
     assert config.model.num_classes is not None, "checked when the config is loaded"
     return LabelledKind(
-        num_frames=config.model.num_frames,
-        sampling_rate=config.data.sampling_rate,
-        centered=config.data.clip == "center",
-        crop=crops.from_config(config),
-        dali_codecs=media.DALI_GPU_CODECS if on_gpu else media.DALI_CPU_CODECS,
+        **fields(config, on_gpu),
         entries=read_labelled(config.data.train, config.data.root, config.model.num_classes),
         classes=config.model.num_classes,
         recipe=config.augment,

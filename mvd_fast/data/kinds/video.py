@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from nvidia.dali import fn
@@ -41,6 +42,11 @@ class VideoKind:
             return Inputs.of_encoded(*media.trimmed(data, frames, facts), box, flip)
         return self.of_pixels(media.decode_frames(data, frames, facts), box, flip)
 
+    def load_views(self, data: np.ndarray, facts: media.VideoInfo, number: int) -> list[Inputs]:
+        """All that is shown of file `number` in a test, decoded here, not by DALI: what cannot be decoded is then known
+        by name, and colours are the same."""
+        return [self.load(data, facts, SampleKey(0, 0, number), by_dali=False)]
+
     def of_pixels(self, frames: np.ndarray, box: Box, flip: bool) -> Inputs:
         """Of frames uint8 [T, H, W, 3] that were decoded here."""
         return Inputs.of_pixels(frames, box, flip)
@@ -61,11 +67,16 @@ def decoded_video(inputs: Inputs, device: str) -> DataNode:
     return pixels
 
 
+def fields(config: RunConfig, on_gpu: bool) -> dict[str, Any]:
+    """Those of VideoKind, of a run."""
+    return {
+        "num_frames": config.model.num_frames,
+        "sampling_rate": config.data.sampling_rate,
+        "centered": config.data.clip == "center",
+        "crop": crops.from_config(config),
+        "dali_codecs": media.DALI_GPU_CODECS if on_gpu else media.DALI_CPU_CODECS,
+    }
+
+
 def build(config: RunConfig, on_gpu: bool) -> VideoKind:
-    return VideoKind(
-        num_frames=config.model.num_frames,
-        sampling_rate=config.data.sampling_rate,
-        centered=config.data.clip == "center",
-        crop=crops.from_config(config),
-        dali_codecs=media.DALI_GPU_CODECS if on_gpu else media.DALI_CPU_CODECS,
-    )
+    return VideoKind(**fields(config, on_gpu))
