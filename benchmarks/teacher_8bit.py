@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mvd_fast.config_file import load_config
 from mvd_fast.data import build_loader
-from mvd_fast.models.layers import Attention
+from mvd_fast.models.frozen import FrozenLinear
 from mvd_fast.objectives import build_objective
 from mvd_kernels import linear_8bit, quantize_weight
 
@@ -30,21 +30,20 @@ def cosines(demo: Path) -> dict[str, Tensor]:
     objective = build_objective(config).eval()
     found: dict[str, Tensor] = {}
 
-    def compare(name: str, layer: nn.Linear):
-        weight = quantize_weight(layer.weight)
+    def compare(name: str, layer: FrozenLinear):
+        # Taken now: the layer gives its weight up for oneDNN's order of it.
+        quantized, weight, bias = quantize_weight(layer.weight), layer.weight.double(), layer.bias
 
         def hook(_layer: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
-            x, bias = inputs[0], layer.bias
-            exact = F.linear(x.double(), layer.weight.double(), None if bias is None else bias.double())
-            found[name] = F.cosine_similarity(linear_8bit(x, weight, bias).double(), exact, dim=-1).flatten()
+            exact = F.linear(inputs[0].double(), weight, None if bias is None else bias.double())
+            in_8_bits = linear_8bit(inputs[0], quantized, bias).double()
+            found[name] = F.cosine_similarity(in_8_bits, exact, dim=-1).flatten()
 
         return hook
 
     for role in ("image_teacher", "video_teacher"):
         for name, layer in getattr(objective, role).named_modules():
-            if isinstance(layer, Attention):  # which multiplies with the weight of its first layer itself
-                layer.register_forward_hook(compare(f"{role}.{name}.qkv", layer.qkv))
-            elif isinstance(layer, nn.Linear) and "blocks." in name and not name.endswith(".qkv"):
+            if isinstance(layer, FrozenLinear):
                 layer.register_forward_hook(compare(f"{role}.{name}", layer))
     loader = build_loader(config, 0, 1, torch.device("cpu"), CLIPS, 1)
     objective.targets(next(loader.batches(0))["video"])
