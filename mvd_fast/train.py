@@ -18,12 +18,15 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
 import argparse  # noqa: E402
 import logging  # noqa: E402
 import socket  # noqa: E402
+import time  # noqa: E402
 from collections.abc import Callable, Iterator, MutableMapping, Sequence  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 
 from mvd_fast.config import RunConfig  # noqa: E402
 from mvd_fast.config_file import ConfigError, add_train_arguments, config_from_arguments, missing_files  # noqa: E402
 from mvd_fast.errors import is_users_to_mend  # noqa: E402
+
+LETTING_GO = 0.2  # seconds; it takes milliseconds on a machine with nothing else to do
 
 # Rank, world size and local rank of a task of `srun` and of Open MPI's `mpirun`.
 TASK_VARIABLES = (
@@ -62,7 +65,9 @@ def main(
 def distributed() -> Iterator[None]:
     """This process as one rank of DeepSpeed's group, as a launcher says or alone.
 
-    The group is left at the end: a process that exits as a member may be aborted by the group's threads.
+    At the end the group is left, and its threads get time to let go of the last collectives' tensors. For that they
+    need the interpreter; one that asks for it when Python shuts down aborts the process (PyTorch's issue 190489).
+    DeepSpeed keeps references to the group, so leaving it does not end the threads.
     """
     _adopt_ranks(os.environ)
     _quiet_logs()
@@ -75,6 +80,7 @@ def distributed() -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            time.sleep(LETTING_GO)
 
 
 def _run(config, resume: str) -> int:
