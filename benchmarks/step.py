@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from mvd_fast.machine import cpu_name
 from mvd_fast.models import ImageTeacher, VideoTeacher, build_model
 from mvd_fast.objectives.distillation import DistillationObjective, assemble
 from mvd_fast.optim import build_optimizer
+from mvd_fast.targets.ahead import targets_ahead
 from mvd_fast.teachers import DTYPES, to_precision
 from mvd_fast.telemetry import PhaseTimer
 from mvd_fast.train import distributed
@@ -52,6 +54,8 @@ STORED = ('teachers.cache.path="in memory"',)  # read from files, too, with --da
 RECIPES = {
     "exact": (),
     "compiled": ("teachers.compile=true",),
+    "ahead": ("teachers.ahead=true",),
+    "compiled+ahead": ("teachers.compile=true", "teachers.ahead=true"),
     "int8": INT8,
     "masks4": MASKS,
     "int8+masks4": (*INT8, *MASKS),
@@ -60,7 +64,7 @@ RECIPES = {
     "stored+masks4": (*STORED, *MASKS),
     "int8+masks4+half": (*INT8, *MASKS, *HALF),
 }
-EXACT = {"engine exact", "engine compiled"}
+EXACT = {f"engine {name}" for name in ("exact", "compiled", "ahead", "compiled+ahead")}
 
 
 class Side(NamedTuple):
@@ -162,11 +166,14 @@ def engine_side(name: str, args: argparse.Namespace, folder: Path) -> Side:
     engine = start_engine(student, whole, samples, 1)
     objective.model = engine
     timer = watch(objective, student)
+    batches = repeat(batch)
+    if config.teachers.ahead:
+        batches = targets_ahead(objective, batches, DEVICE)
 
     def run() -> list[Tensor]:
         wait_for(feed, timer)
         torch.manual_seed(0)  # the same choice of tokens in every step
-        out = objective(batch)
+        out = objective(next(batches))
         with timer.phase("backward"):
             backward(engine, out["loss"])
         with timer.phase("optimiser"):

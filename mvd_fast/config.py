@@ -102,6 +102,11 @@ class TeachersConfig(Strict):
         False,
         description="run them through torch.compile, on a GPU in CUDA graphs; the first step takes longer",
     )
+    ahead: bool = Field(
+        False,
+        description="run them on the next batch while the student trains on this one, on a GPU on a CUDA stream of "
+        "their own; takes memory for both",
+    )
     cache: CacheConfig = CacheConfig()
 
 

@@ -159,6 +159,8 @@ def _teacherless_faults(config: RunConfig) -> Iterator[str]:
         return
     if config.teachers.cache.path:
         yield f"teachers.cache.path: objective {kind!r} has no teachers to store: leave it empty"
+    if config.teachers.ahead:
+        yield f"teachers.ahead: objective {kind!r} has no teachers: remove it"
     if config.objective.predict_fraction != 1.0:
         yield f"objective.predict_fraction: objective {kind!r} decodes all masked tokens: remove it"
     if config.data.masks_per_clip != 1:
@@ -169,6 +171,8 @@ def _cache_faults(config: RunConfig) -> Iterator[str]:
     cache, data = config.teachers.cache, config.data
     if not cache.path:
         return
+    if config.teachers.ahead:
+        yield "teachers.ahead: no teachers run where targets are stored: remove it, or teachers.cache.path"
     if cache.views > config.optim.epochs:
         yield (
             f"teachers.cache.views: {cache.views} views are more than the {config.optim.epochs} epochs would show; "

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .files import BEST, SUMMARY, WEIGHTS, write_text
 from .machine import has_fast_bf16
 from .objectives import build_objective
 from .optim import learning_rate, set_lr
+from .targets.ahead import targets_ahead
 from .targets.store import open_targets
 from .teachers import DTYPES
 from .telemetry import LossWindow, PhaseTimer, ProgressLine, RunLog, measure_peak
@@ -128,13 +130,15 @@ class Trainer:
                 self.run_log.close()
 
     def _loop(self) -> bool:
-        batches = self.loader.batches(self.update)
+        batches = self._batches()
+        if self.config.teachers.ahead:
+            batches = targets_ahead(self.objective, batches, self.device)
         while self.update < self.total:
             set_lr(self.engine.optimizer, self._lr(self.update))
             last = self.update + 1 == self.total
             logged = last or (self.update + 1) % self.config.log.every == 0
             for number in range(self.accumulation):
-                self.window.add(self._micro_step(batches, number, logged))
+                self.window.add(self._micro_step(next(batches), number, logged))
             self.update += 1
             if self.average:
                 self.average.follow(self.engine)
@@ -150,6 +154,14 @@ class Trainer:
             if stop:
                 return False
         return True
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """Those of the updates that are still to be made."""
+        batches = self.loader.batches(self.update)
+        for _ in range((self.total - self.update) * self.accumulation):
+            with self.timer.phase("data"):
+                batch = next(batches)
+            yield batch
 
     def _validate(self) -> None:
         """One view of every video of `evaluation.list` (collective); the best weights so far are kept."""
@@ -169,9 +181,7 @@ class Trainer:
     def _lr(self, update: int) -> float:
         return learning_rate(update, self.per_epoch, self.config.optim, self.config.batch.size)
 
-    def _micro_step(self, batches: Any, number: int, logged: bool) -> dict[str, Tensor]:
-        with self.timer.phase("data"):
-            batch = next(batches)
+    def _micro_step(self, batch: dict[str, Tensor], number: int, logged: bool) -> dict[str, Tensor]:
         # Drop path is a function of (seed, update, micro batch, rank): a resumed run draws the same.
         torch.manual_seed(step_seed(self.config.seed, self.update, number, self.rank))
         out = self.objective(batch)

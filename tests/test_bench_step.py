@@ -34,7 +34,7 @@ def side(found: dict, name: str) -> dict:
 
 
 def test_the_exact_engine_has_the_yardsticks_losses(found: dict) -> None:
-    for name in ("engine exact", "engine compiled", "engine stored"):
+    for name in ("engine exact", "engine compiled", "engine ahead", "engine compiled+ahead", "engine stored"):
         assert side(found, name)["losses"] == pytest.approx(side(found, "yardstick fp32")["losses"], rel=1e-5)
 
 
@@ -70,4 +70,4 @@ def test_loading_is_timed_beside_the_step_and_alone(found: dict) -> None:
 def test_unknown_recipe_is_named() -> None:
     result = bench("--recipes", "exact,int9")
     assert result.returncode == 2
-    assert "--recipes: 'int9' is unknown; there are: all, exact, compiled, int8" in result.stderr
+    assert "--recipes: 'int9' is unknown; there are: all, exact, compiled, ahead" in result.stderr

@@ -130,6 +130,7 @@ def test_the_measured_step_is_predicted_and_larger_work_is_not_launch_bound() ->
         ("data.masks_per_clip=2", "objective.predict_fraction=0.5"),
         ('teachers.cache.path="store"',),
         ("teachers.compile=true",),
+        ("teachers.ahead=true",),
     ],
 )
 def test_recipes_are_planned_whole(recipe: tuple[str, ...]) -> None:
@@ -144,6 +145,8 @@ def test_recipes_are_planned_whole(recipe: tuple[str, ...]) -> None:
         assert found[1]["teachers"] == pytest.approx(found[0]["teachers"] / 2, rel=0.05)
     elif "compile" in recipe[0]:
         assert found[1] == found[0]
+    elif "ahead" in recipe[0]:
+        assert found[1]["activations, at most"] > found[0]["activations, at most"]
     else:
         assert found[1]["step"] < found[0]["step"]
 

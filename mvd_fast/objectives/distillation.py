@@ -12,6 +12,7 @@ from mvd_fast.teachers import build_teacher, compile_teacher
 
 # Backward costs twice the forward: one product for the input's gradient, one for the weight's.
 FORWARD_AND_BACKWARD = 3
+TARGETS = ("target_image", "target_video")  # in a batch, [B, N, C] each
 
 
 class DistillationObjective(nn.Module):
@@ -48,21 +49,24 @@ class DistillationObjective(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: `video` float [B, 3, T, H, W] (normalised), `mask` bool [B, N] or [B, masks, N], True = masked; with
-        stored targets `target_image` and `target_video` [B, N, C].
+        """batch: `video` float [B, 3, T, H, W] (normalised), `mask` bool [B, N] or [B, masks, N], True = masked; where
+        the teachers need not run any more `target_image` and `target_video` [B, N, C].
 
         Returns scalars `loss`, `loss_image`, `loss_video` (the parts unweighted).
         """
+        if not batch.keys() & set(TARGETS):
+            batch = self.taught(batch)
         video, mask = batch["video"], batch["mask"]
-        if self.image_teacher is None:
-            targets = batch.get("target_image"), batch.get("target_video")
-        else:
-            with torch.inference_mode():
-                targets = self.targets(video)
+        targets = tuple(batch.get(name) for name in TARGETS)
         losses = self.model(video, mask, self.num_visible, targets, self.normalize_targets, self.num_predicted)
         loss_image, loss_video = (video.new_zeros((), dtype=torch.float32) if part is None else part for part in losses)
         loss = self.image_weight * loss_image + self.video_weight * loss_video
         return {"loss": loss, "loss_image": loss_image, "loss_video": loss_video}
+
+    @torch.inference_mode()
+    def taught(self, batch: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        """The batch and what the teachers say of it, `target_image` and `target_video`."""
+        return {**batch, **dict(zip(TARGETS, self.targets(batch["video"]), strict=True))}
 
     def targets(self, video: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Both teachers' features at every token: ([B, N, C_image], [B, N, C_video]); None where the weight is 0."""

@@ -1,0 +1,147 @@
+"""`teachers.ahead`: the teachers of the next batch beside the student."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+
+from mvd_fast.config_file import ConfigError, load_config
+from mvd_fast.models import ImageTeacher, MaskedVideoStudent, VideoTeacher
+from mvd_fast.objectives.distillation import TARGETS, DistillationObjective
+from mvd_fast.targets.ahead import targets_ahead
+from mvd_kernels import tube_mask
+
+IMAGE = {"image_size": 32, "patch_size": 8}
+CLIP = {**IMAGE, "num_frames": 4, "tubelet_size": 2}
+TEACHER = {"embed_dim": 48, "depth": 1, "num_heads": 3}
+STUDENT = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+CPU = torch.device("cpu")
+
+
+def make_objective(**weights: float) -> DistillationObjective:
+    torch.manual_seed(0)
+    student = MaskedVideoStudent(**CLIP, **STUDENT, image_target_dim=48, video_target_dim=48)
+    return DistillationObjective(student, ImageTeacher(**IMAGE, **TEACHER), VideoTeacher(**CLIP, **TEACHER), **weights)
+
+
+def make_batches(count: int, device: torch.device = CPU) -> list[dict[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    return [
+        {
+            "video": torch.randn(2, 3, 4, 32, 32).to(device),
+            "mask": tube_mask(0, 0, torch.arange(2) + 2 * number, (2, 4, 4), 0.5).mask.to(device),
+        }
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_batches_are_the_same_and_in_order(count: int) -> None:
+    """One is fetched ahead, none is lost at the end; losses are those of teachers that run within the step."""
+    objective, fetched = make_objective(), []
+
+    def loader() -> Iterator[dict[str, torch.Tensor]]:
+        for batch in make_batches(count):
+            fetched.append(batch)
+            yield batch
+
+    losses = []
+    for number, batch in enumerate(targets_ahead(objective, loader(), CPU), 1):
+        assert len(fetched) == min(number + 1, count)
+        assert batch["video"] is fetched[number - 1]["video"]
+        losses.append(objective(batch)["loss"].item())
+    assert losses == [objective(batch)["loss"].item() for batch in make_batches(count)]
+
+
+def test_a_teacher_of_weight_0_is_not_run() -> None:
+    objective = make_objective(image_weight=0.0)
+    (batch,) = targets_ahead(objective, iter(make_batches(1)), CPU)
+    assert batch["target_image"] is None and batch["target_video"].shape == (2, 32, 48)
+    assert objective(batch)["loss_image"] == 0 and objective(batch)["loss_video"] > 0
+
+
+def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's path with streams that write down what they are asked: the student waits for the batch that it gets,
+    with the next one's teachers at work, and owns the targets' memory before they can be given back."""
+    told: list[object] = []
+
+    class Stream:
+        def __init__(self, name: object = "teachers") -> None:
+            self.name, self.events = name, 0
+
+        def wait_stream(self, other: Stream) -> None:
+            told.append(f"{self.name} wait for {other.name}")
+
+        def record_event(self) -> int:
+            self.events += 1
+            return self.events
+
+        def wait_event(self, event: int) -> None:
+            told.append(f"{self.name} waits for {event}")
+
+    @contextlib.contextmanager
+    def entered(stream: Stream) -> Iterator[None]:
+        told.append(f"on {stream.name}")
+        yield
+        told.append("off")
+
+    student = Stream("student")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: student)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    owners: list[tuple[torch.Tensor, Stream]] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: owners.append((tensor, stream)))
+    objective = make_objective()
+    objective.video_teacher.register_forward_hook(lambda *_: told.append("teach"))
+    for number, batch in enumerate(targets_ahead(objective, iter(make_batches(2)), torch.device("cuda")), 1):
+        told.append(f"train {number}")
+        assert [stream for _, stream in owners] == [student, student]
+        assert all(tensor is batch[name] for (tensor, _), name in zip(owners, TARGETS, strict=True))
+        owners.clear()
+    teaching = ["on teachers", "teach", "off"] * 2
+    training = [line for n in (1, 2) for line in (f"student waits for {n}", f"train {n}")]
+    assert told == ["teachers wait for student", *teaching, *training]
+
+
+def test_runs_are_the_same_and_resume(tmp_path: Path) -> None:
+    """By the command line: losses and weights bit for bit, also when the second half is made by a resumed run. The log
+    tells waiting for data from teaching."""
+    inputs = tiny_runs.write_inputs(tmp_path)
+    for name, ahead in (("plain", False), ("ahead", True)):
+        content = tiny_runs.config(inputs, tmp_path / name, checkpoint={"every_updates": 5})
+        content["teachers"]["ahead"] = ahead
+        file = tiny_runs.write_config(tmp_path / f"{name}.json", content)
+        for _ in range(1 + ahead):
+            status, output = tiny_runs.run(file)
+            assert status == 0, output
+            assert tiny_runs.losses(tmp_path / name) == tiny_runs.losses(tmp_path / "plain")
+            weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("plain", name)]
+            assert weights[0] == weights[1]
+            shutil.rmtree(tmp_path / name / "checkpoints" / "update-00000010")
+    assert "tiny 6/10" in output and "tiny 1/10" not in output, "the last run went on after update 5"
+    record = json.loads((tmp_path / "ahead" / "log.jsonl").read_text().splitlines()[1])
+    assert record["phase_seconds"]["video_teacher"] > 0 and record["phase_seconds"]["data"] < record["seconds"]
+
+
+def test_where_no_teachers_run_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"teachers.ahead: no teachers run where targets are stored"):
+        load_config("demo/student", ["teachers.ahead=true", f"teachers.cache.path={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"teachers.ahead: objective 'pixel' has no teachers: remove it"):
+        load_config("demo/video_teacher", ["teachers.ahead=true"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_losses_are_the_same() -> None:
+    device = torch.device("cuda")
+    objective = make_objective().to(device)
+    ahead = [
+        objective(batch)["loss"].item() for batch in targets_ahead(objective, iter(make_batches(6, device)), device)
+    ]
+    assert ahead == pytest.approx([objective(batch)["loss"].item() for batch in make_batches(6, device)], rel=1e-6)
