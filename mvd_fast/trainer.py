@@ -82,6 +82,8 @@ class Trainer:
                 found[0] = checkpoint.find_start(self.run_dir, resume)
                 if found[0]:
                     _warn_of_changes(self.config, self.run_dir)
+                else:  # a run cannot change its stage later
+                    _warn_of_zero_alone(self.config, self.world_size)
                 _warn_of_slow_bf16(self.config)
             except ValueError as error:
                 found[0] = error
@@ -397,6 +399,17 @@ def _warn_of_slow_bf16(config: RunConfig) -> None:
         log.warning(
             "this CPU has no bf16 arithmetic, and is many times faster in float32: %s",
             " ".join(f"--set {name}=fp32" for name in slow),
+        )
+
+
+def _warn_of_zero_alone(config: RunConfig, ranks: int) -> None:
+    """Says so where DeepSpeed's slower bf16 update has nothing to share its state with."""
+    offloads = "offload_optimizer" in config.deepspeed.get("zero_optimization", {})
+    if ranks == 1 and config.precision == "bf16" and config.zero_stage in (1, 2) and not offloads:
+        log.warning(
+            "ZeRO %d shares nothing on one rank, and its update takes longer: start with --set "
+            "deepspeed.zero_optimization.stage=0 (a resumed run cannot change it)",
+            config.zero_stage,
         )
 
 

@@ -285,6 +285,25 @@ def test_real_h264_clips_train(inputs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("ranks", "precision", "zero", "warned"),
+    [
+        (1, "bf16", {"stage": 1}, True),
+        (1, "bf16", {"stage": 2}, True),
+        (2, "bf16", {"stage": 1}, False),
+        (1, "fp32", {"stage": 1}, False),
+        (1, "bf16", {"stage": 0}, False),
+        (1, "bf16", {"stage": 2, "offload_optimizer": {"device": "cpu"}}, False),
+    ],
+)
+def test_zero_that_shares_nothing_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, ranks: int, precision: str, zero: dict, warned: bool
+) -> None:
+    content = tiny_runs.config(tmp_path, tmp_path / "run", precision=precision, deepspeed={"zero_optimization": zero})
+    trainer._warn_of_zero_alone(RunConfig.model_validate(content), ranks)
+    assert ["ZeRO %d shares nothing" in record.msg for record in caplog.records] == [True] * warned
+
+
+@pytest.mark.parametrize(
     ("fast", "precision", "teachers", "cache", "settings"),
     [
         (True, "bf16", "bf16", "", ""),
