@@ -26,7 +26,7 @@ from mvd_fast.config import RunConfig  # noqa: E402
 from mvd_fast.config_file import ConfigError, add_train_arguments, config_from_arguments, missing_files  # noqa: E402
 from mvd_fast.errors import is_users_to_mend  # noqa: E402
 
-LETTING_GO = 0.2  # seconds; it takes milliseconds on a machine with nothing else to do
+LETTING_GO = 0.2  # seconds for threads that only wait for their turn
 
 # Rank, world size and local rank of a task of `srun` and of Open MPI's `mpirun`.
 TASK_VARIABLES = (

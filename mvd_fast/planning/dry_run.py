@@ -46,18 +46,17 @@ def step_bytes(config: RunConfig, samples: int) -> StepBytes:
         objective.to_empty(device="cpu")
         parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         batch = _batch(config, samples)
-        known, beside = [*objective.parameters(), *objective.buffers()], 0
-        if config.teachers.ahead:
-            with LiveBytes([*known, *batch.values()]) as teaching:
+        held, beside = LiveBytes([*objective.parameters(), *objective.buffers(), *batch.values()]), 0
+        with held:
+            if config.teachers.ahead:
                 batch = objective.taught(batch)
-            beside = teaching.peak  # the next batch's teachers, at the worst moment
-        with LiveBytes([*known, *(tensor for tensor in batch.values() if tensor is not None)]) as held:
+                beside = held.peak  # as much again for the next batch's teachers, at the worst moment
             loss = objective(batch)["loss"]
             kept = held.live
             for parameter in parameters:  # gradients go as they come: they are counted with the state
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
             loss.backward()
-    return StepBytes(kept + beside, held.peak + beside)
+    return StepBytes(kept, held.peak + beside)
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:

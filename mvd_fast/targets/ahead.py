@@ -38,10 +38,7 @@ def _teach(
     if stream is None:
         return objective.taught(batch), None
     with torch.cuda.stream(stream):
-        batch = objective.taught(batch)
-        # Copies, as a compiled teacher's next call overwrites its results.
-        batch |= {name: batch[name].clone() for name in TARGETS if batch[name] is not None}
-        return batch, stream.record_event()
+        return objective.taught(batch), stream.record_event()
 
 
 def _handed_over(batch: Batch, done: torch.cuda.Event | None, device: torch.device) -> Batch:

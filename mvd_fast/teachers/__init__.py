@@ -33,8 +33,9 @@ def build_teacher(config: TeacherConfig, model: ModelConfig, precision: Precisio
 
 def compile_teacher(teacher: nn.Module) -> None:
     """From its first call on the forward pass is compiled as one graph; on a GPU it is replayed as a CUDA graph, whose
-    results the next call overwrites. Another batch size is compiled anew."""
-    teacher.forward = torch.compile(teacher.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    results are copied before the next call overwrites them. Another batch size is compiled anew."""
+    compiled = torch.compile(teacher.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    teacher.forward = lambda pixels: compiled(pixels).clone()
 
 
 def to_precision(teacher: nn.Module, precision: TeacherPrecision) -> nn.Module:
