@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from mvd_fast.errors import UserError
+
 # Gradients converted to float32 at a time: little memory, few calls.
 BUCKET = 2**22
 STATE = ("step", "exp_avg", "exp_avg_sq", "master")
@@ -89,10 +91,10 @@ class MasterAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores `state_dict()`; torch itself would round the state to the parameters' bf16.
 
-        Raises ValueError for the state of another optimiser.
+        Raises UserError for the state of another optimiser.
         """
         if any("master" not in state for state in state_dict["state"].values()):
-            raise ValueError(
+            raise UserError(
                 "the checkpoint's optimiser state has no float32 master weights, it is of another optimiser; resume "
                 "with the precision and ZeRO stage that the run was started with, or start a new run"
             )

@@ -25,6 +25,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import save_file
 
+from mvd_fast.errors import UserError
+
 from .files import WEIGHTS, fsync, write_text, written_aside
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ TRUSTED_CLASSES = [
 ]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or of another run."""
 
 

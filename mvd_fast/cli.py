@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from mvd_fast.errors import is_users_to_mend
+from mvd_fast.errors import UserError
 
 if TYPE_CHECKING:
     from mvd_fast.config import RunConfig
@@ -19,8 +19,7 @@ Arguments = list[str]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status.
 
-    A `ValueError` of ours is the user's to mend: its sentence goes to stderr and the status is 2. Others keep their
-    traceback.
+    The sentence of a `UserError` goes to stderr and the status is 2. Other exceptions keep their traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
@@ -31,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = _choose(COMMANDS, chosen.command, "subcommand")
         return command.run(argv[1:]) or 0
-    except ValueError as error:
-        if not is_users_to_mend(error):
-            raise
+    except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
 
@@ -85,7 +82,7 @@ def _bench_step(argv: Arguments) -> int | None:
 
     folder = Path(__file__).parents[1] / "benchmarks"  # holds the yardstick, which no training needs
     if not (folder / "step.py").is_file():
-        raise ValueError("bench runs in a checkout, beside its folder benchmarks/, which an installed package lacks")
+        raise UserError("bench runs in a checkout, beside its folder benchmarks/, which an installed package lacks")
     sys.path.insert(0, str(folder))
     return import_module("step").main(argv)
 
@@ -223,7 +220,7 @@ def _choose(commands: dict[str, Command], name: str, what: str) -> Command:
 
     found = difflib.get_close_matches(name, commands, n=1)
     hint = f", did you mean {found[0]!r}?" if found else ";"
-    raise ValueError(f"unknown {what} {name!r}{hint} there are: {', '.join(commands)}")
+    raise UserError(f"unknown {what} {name!r}{hint} there are: {', '.join(commands)}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from mvd_fast.errors import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -229,7 +231,7 @@ class OptimConfig(Strict):
     @model_validator(mode="after")
     def _warmup_fits(self) -> OptimConfig:
         if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, longer than the {self.epochs} epochs of the run")
+            raise UserError(f"warmup_epochs is {self.warmup_epochs}, longer than the {self.epochs} epochs of the run")
         return self
 
 
@@ -290,4 +292,4 @@ class RunConfig(Strict):
 
 def _require_divisible(config: BaseModel, whole: str, part: str) -> None:
     if getattr(config, whole) % getattr(config, part):
-        raise ValueError(f"{whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}")
+        raise UserError(f"{whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}")

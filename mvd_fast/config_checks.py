@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mvd_fast.config import OF_PRE_TRAINING, AugmentConfig, DataConfig, EvaluationConfig, RunConfig, TeacherConfig
+from mvd_fast.errors import UserError
 
 PACKAGE = Path(__file__).parent
 
@@ -67,7 +68,7 @@ KNOWN_DEEPSPEED_KEYS = frozenset(
 )
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A run cannot start as configured; the message is for the user, one sentence per fault."""
 
 

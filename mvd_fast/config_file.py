@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from mvd_fast.config import RunConfig
 from mvd_fast.config_checks import ConfigError, check_batch, faults, missing_files, nearest
+from mvd_fast.errors import UserError
 from mvd_fast.files import write_text
 
 __all__ = [
@@ -169,13 +170,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
     tree: Json = {}
     for key, value in pairs:
         if key in tree:
-            raise ValueError(f"the key {key!r} stands twice in one object")
+            raise UserError(f"the key {key!r} stands twice in one object")
         tree[key] = value
     return tree
 
 
 def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a number that JSON allows")
+    raise UserError(f"{text} is not a number that JSON allows")
 
 
 def _merge(base: Json, top: Json) -> Json:

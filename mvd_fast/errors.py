@@ -1,19 +1,11 @@
-"""Which errors are a user's to mend."""
+"""The error that a user can mend."""
 
 from __future__ import annotations
 
-import traceback
 
-_OURS = ("mvd_fast", "mvd_kernels")
+class UserError(ValueError):
+    """Bad input: the message is one clear sentence that says what came, what is accepted and how to mend it.
 
-
-def is_users_to_mend(error: ValueError) -> bool:
-    """Whether a ValueError is one of our sentences: of a type of ours, or raised by our code.
-
-    One that a library raises from below us is a fault of the program, and keeps its traceback.
+    Commands print the sentence alone and end with status 2. Every other exception is a fault of the program and keeps
+    its traceback, a plain `ValueError` (of `int("x")`, of `zip(strict=True)`) too.
     """
-    raised_in = type(error).__module__
-    if raised_in == "builtins":
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        raised_in = frame.f_globals["__name__"]
-    return raised_in.split(".")[0] in _OURS

@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mvd_fast.errors import UserError
+
 # What a finished run leaves in its folder, for the next stage and for readers.
 BEST = "best.safetensors"  # of the epoch that validated best
 WEIGHTS = "model.safetensors"
@@ -35,11 +37,11 @@ def folder_written_aside(path: str | Path, replaceable: Collection[str] = ()) ->
     """Gives a new folder beside `path` to write files to; on success they are fsynced and it is renamed into place.
 
     A folder that is there already is replaced as a whole, and only if it holds nothing but files named in
-    `replaceable`; else ValueError.
+    `replaceable`; else UserError.
     """
     path = Path(path)
     if others := [entry.name for entry in path.glob("*") if entry.name not in replaceable]:
-        raise ValueError(f"{path} is not replaced, as it holds other things, too: {', '.join(sorted(others)[:4])}")
+        raise UserError(f"{path} is not replaced, as it holds other things, too: {', '.join(sorted(others)[:4])}")
     aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("new", "old"))
     try:
         aside.mkdir()

@@ -24,7 +24,7 @@ from contextlib import contextmanager  # noqa: E402
 
 from mvd_fast.config import RunConfig  # noqa: E402
 from mvd_fast.config_file import ConfigError, add_train_arguments, config_from_arguments, missing_files  # noqa: E402
-from mvd_fast.errors import is_users_to_mend  # noqa: E402
+from mvd_fast.errors import UserError  # noqa: E402
 
 LETTING_GO = 0.2  # seconds for threads that only wait for their turn
 
@@ -54,9 +54,7 @@ def main(
         if missing := missing_files(config):
             raise ConfigError("\n".join(missing))
         return _run(config, args.resume)
-    except ValueError as error:
-        if not is_users_to_mend(error):
-            raise
+    except UserError as error:
         _complain(error)
         return 2
 

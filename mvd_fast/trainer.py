@@ -23,6 +23,7 @@ from .config_file import check_batch, save_config
 from .data import build_loader
 from .downstream.views import Validation
 from .engine import backward, full_weights, local_gradient_norm, start_engine
+from .errors import UserError
 from .files import BEST, SUMMARY, WEIGHTS, write_text
 from .machine import has_fast_bf16
 from .objectives import build_objective
@@ -76,7 +77,7 @@ class Trainer:
 
     def _find_start(self, resume: str) -> Path | None:
         """Rank 0 verifies, the others follow, also in refusing."""
-        found: list[Path | ValueError | None] = [None]
+        found: list[Path | UserError | None] = [None]
         if self.rank == 0:
             try:
                 found[0] = checkpoint.find_start(self.run_dir, resume)
@@ -85,10 +86,10 @@ class Trainer:
                 else:  # a run cannot change its stage later
                     _warn_of_zero_alone(self.config, self.world_size)
                 _warn_of_slow_bf16(self.config)
-            except ValueError as error:
+            except UserError as error:
                 found[0] = error
         dist.broadcast_object_list(found)
-        if isinstance(found[0], ValueError):
+        if isinstance(found[0], UserError):
             raise found[0]
         return found[0]
 

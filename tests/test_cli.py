@@ -172,13 +172,14 @@ def test_a_librarys_value_error_keeps_its_traceback(calls, monkeypatch):
         cli.main(["train"])
 
 
-def test_sentences_raised_by_our_code_are_the_users():
-    from mvd_fast.errors import is_users_to_mend
-    from mvd_kernels import tube_mask
+def test_a_fault_of_our_own_code_keeps_its_traceback_and_a_users_error_is_one_sentence(tmp_path, monkeypatch, capsys):
+    """Through the package's own code: a list whose reading fails inside, then one that the user wrote wrongly."""
+    from mvd_fast.data import lists
 
-    with pytest.raises(ValueError, match="ratio is 2") as caught:
-        tube_mask(0, 0, None, (1, 4, 4), 2.0)
-    assert is_users_to_mend(caught.value)
-    with pytest.raises(ValueError, match="invalid literal") as caught:
-        int("no number")
-    assert not is_users_to_mend(caught.value)
+    listed = tmp_path / "list.txt"
+    listed.write_text('"never closed.mp4 0\n')
+    assert cli.main(["data", "check", str(listed)]) == 2
+    assert "is never closed" in capsys.readouterr().err
+    monkeypatch.setattr(lists, "parse_line", lambda line: tuple(zip("a", "bc", strict=True)))
+    with pytest.raises(ValueError, match="longer"):
+        cli.main(["data", "check", str(listed)])

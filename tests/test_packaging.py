@@ -23,10 +23,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"mvd_fast": ROOT / "mvd_fast", "mvd_kernels": ROOT / "kernels" / "mvd_kernels"}
 
 # What each part may import besides itself and, in mvd_fast, the base; parts that are not named may import anything.
-BASE = {"mvd_fast.config", "mvd_fast.files"}
+BASE = {"mvd_fast.config", "mvd_fast.errors", "mvd_fast.files"}
 ALLOWED = {
     "mvd_kernels": set(),
     "mvd_fast.config": set(),
+    "mvd_fast.errors": set(),
     "mvd_fast.files": set(),
     "mvd_fast.models": {"mvd_kernels"},
     "mvd_fast.interop": {"mvd_fast.models"},

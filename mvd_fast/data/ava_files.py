@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from mvd_fast.errors import UserError
 from mvd_fast.files import written_aside
 
 NO_ACTION = 0  # of proposals; AVA's actions count from 1
@@ -24,7 +25,7 @@ FARTHEST = 2.0  # a detector's box may leave the frame a little; one that goes f
 Parsed = TypeVar("Parsed")
 
 
-class AvaError(ValueError):
+class AvaError(UserError):
     """An AVA file that cannot be read; the message names the file and the line."""
 
 
@@ -172,7 +173,7 @@ def _parsed(path: str | Path, parse: Callable[[list[str]], Parsed]) -> Iterator[
             continue
         try:
             yield parse(fields)
-        except ValueError as error:
+        except UserError as error:
             raise AvaError(f"{path}, line {number}: {error}") from None
 
 
@@ -193,25 +194,25 @@ def _require_some(path: str | Path, rows: list[Row], what: str) -> list[Row]:
 
 def _require_columns(fields: list[str], counts: tuple[int, ...], meaning: str) -> None:
     if len(fields) not in counts:
-        raise ValueError(f"{len(fields)} columns; write {meaning}")
+        raise UserError(f"{len(fields)} columns; write {meaning}")
 
 
 def _key_frame(fields: list[str]) -> KeyFrame:
     if not fields[0].strip():
-        raise ValueError("the video's name is empty")
+        raise UserError("the video's name is empty")
     return KeyFrame(fields[0].strip(), _whole("timestamp", fields[1]))
 
 
 def _whole(what: str, text: str) -> int:
     if not text.strip().isdecimal():
-        raise ValueError(f"{what} {text!r} is not a whole number")
+        raise UserError(f"{what} {text!r} is not a whole number")
     return int(text)
 
 
 def _action(text: str) -> int:
     action = _whole("action_id", text)
     if action == NO_ACTION:
-        raise ValueError("action_id 0 does not exist; AVA's actions count from 1")
+        raise UserError("action_id 0 does not exist; AVA's actions count from 1")
     return action
 
 
@@ -221,14 +222,14 @@ def _number(what: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{what} {text!r} is not a number")
+        raise UserError(f"{what} {text!r} is not a number")
     return value
 
 
 def _box(fields: list[str]) -> tuple[float, float, float, float]:
     x1, y1, x2, y2 = (_number(name, text) for name, text in zip(("x1", "y1", "x2", "y2"), fields[2:6], strict=True))
     if max(abs(side) for side in (x1, y1, x2, y2)) > FARTHEST:
-        raise ValueError(
+        raise UserError(
             f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} seems to be in pixels; divide by the frame's width and height"
         )
     return x1, y1, x2, y2
@@ -238,7 +239,7 @@ def _person_box(fields: list[str]) -> tuple[float, float, float, float]:
     """A box of somebody to be seen; detections of others are taken as they are, and are false."""
     x1, y1, x2, y2 = box = _box(fields)
     if x2 < x1 or y2 < y1:
-        raise ValueError(f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} ends before it begins; write x1,y1,x2,y2")
+        raise UserError(f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} ends before it begins; write x1,y1,x2,y2")
     if x2 <= 0 or y2 <= 0 or x1 >= 1 or y1 >= 1:
-        raise ValueError(f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} is outside the frame, which goes from 0 to 1")
+        raise UserError(f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} is outside the frame, which goes from 0 to 1")
     return box

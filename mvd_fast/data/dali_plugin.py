@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mvd_fast.errors import UserError
 from mvd_kernels import masked_per_slice
 
 BUILD_COMMAND = "pip install -e . --no-build-isolation"
 
 
-class PluginError(ValueError):
+class PluginError(UserError):
     """The DALI plugin is not built, or does not load."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mvd_fast.data import media
+from mvd_fast.errors import UserError
 from mvd_fast.files import write_text
 
 VERSION = 1
@@ -104,11 +105,11 @@ def save_index(path: str, files: dict[str, FileFacts]) -> None:
 
 
 def write_whole(path: str, text: str) -> None:
-    """Replace a file beside a list as a whole. Raises ValueError where the folder does not allow it."""
+    """Replace a file beside a list as a whole. Raises UserError where the folder does not allow it."""
     try:
         write_text(path, text)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be written ({error.strerror or error}); copy the list to a folder of your own"
         ) from error
 

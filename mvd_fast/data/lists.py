@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mvd_fast.errors import UserError
+
 QUOTES = "\"'"
 
 
@@ -17,7 +19,7 @@ class Entry(NamedTuple):
     label: int | None
 
 
-class ListError(ValueError):
+class ListError(UserError):
     """A list that cannot be read; the message names the file and the line."""
 
 
@@ -50,7 +52,7 @@ def parse_line(line: str) -> tuple[str, int | None] | None:
     """(path, label) of one line of a list; None for blank lines and comments. The label may be missing.
 
     Accepted: `path label`, `"path with spaces" label`, path and label separated by a tab or a comma, and unquoted
-    paths with spaces when the last field is the label. Raises ValueError for a quote that is never closed or a quoted
+    paths with spaces when the last field is the label. Raises UserError for a quote that is never closed or a quoted
     path that something other than an integer follows.
     """
     line = line.strip()
@@ -73,10 +75,10 @@ def side_file(train: str, ending: str) -> str:
 def _parse_quoted(line: str) -> tuple[str, int | None]:
     path, closed, rest = line[1:].partition(line[0])
     if not closed:
-        raise ValueError(f"the quote {line[0]} is never closed")
+        raise UserError(f"the quote {line[0]} is never closed")
     rest = rest.strip().lstrip(",").strip()
     if rest and not _is_integer(rest):
-        raise ValueError(f"the label {rest!r} is not an integer")
+        raise UserError(f"the label {rest!r} is not an integer")
     return path, int(rest) if rest else None
 
 
@@ -97,7 +99,7 @@ def _parse_lines(path: str, base: str, need_labels: bool) -> Iterator[Entry]:
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             parsed = parse_line(line)
-        except ValueError as error:
+        except UserError as error:
             raise ListError(f"{path}, line {number}: {error}") from error
         if parsed is None:
             continue

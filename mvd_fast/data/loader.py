@@ -23,6 +23,7 @@ from mvd_fast.data.pipeline import PIPELINE_DEPTH, PipelineSpec, build_pipeline,
 from mvd_fast.data.quarantine import quarantine_path, read_quarantine
 from mvd_fast.data.sampling import SampleKey
 from mvd_fast.data.source import Choice, Readers, Sample, Schedule, Source
+from mvd_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ JUDGED_FROM = 1000  # files seen before a share of bad ones says something about
 LOOK_FOR_MISSING = 20  # files looked for when the loader is built
 
 
-class TooManyBadFiles(ValueError):
+class TooManyBadFiles(UserError):
     """More than `data.max_bad_share` of the files are unusable."""
 
 
@@ -61,7 +62,7 @@ def build_loader(
     """The loader of one rank; `micro` counts samples: clips x data.masks_per_clip.
 
     With `open_targets` (mvd_fast.targets.store), epochs show the views that have stored targets, and these join them.
-    Raises ValueError sentences for lists that are missing, empty or too short.
+    Raises UserError sentences for lists that are missing, empty or too short.
     """
     clips = micro // config.data.masks_per_clip
     repeats = config.augment.repeats
@@ -70,7 +71,7 @@ def build_loader(
     views = targets.views if targets else None
     schedule = Schedule(config.seed, len(source.paths), clips, accumulation, rank, world_size, repeats, views)
     if schedule.updates_per_epoch == 0:
-        raise ValueError(
+        raise UserError(
             f"{config.data.train} lists {len(source.paths)} files, less than one update of {schedule.size} clips; "
             "list more files or lower batch.size"
         )
@@ -83,7 +84,7 @@ def build_loader(
 def build_source(config: RunConfig, device: torch.device, clips: int) -> tuple[Source, PipelineSpec]:
     """The files of a run and what its pipeline is built from, `clips` at a time.
 
-    Raises ValueError sentences for unusable lists.
+    Raises UserError sentences for unusable lists.
     """
     kind = importlib.import_module(f"mvd_fast.data.kinds.{config.data.kind}").build(config, device.type == "cuda")
     if isinstance(kind, Annotated):
@@ -109,7 +110,7 @@ def build_source(config: RunConfig, device: torch.device, clips: int) -> tuple[S
 def _require_some_present(paths: list[str], train: str) -> None:
     some = paths[:: -(-len(paths) // LOOK_FOR_MISSING)]
     if not any(os.path.exists(path) for path in some):
-        raise ValueError(
+        raise UserError(
             f"none of {len(some)} files looked for from all over {train} exists, for instance {some[0]}; "
             "set data.root to the folder that the list's paths start from"
         )

@@ -13,6 +13,8 @@ import numpy as np
 from av.video.reformatter import Interpolation
 from PIL import Image
 
+from mvd_fast.errors import UserError
+
 DALI_CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})  # others need NVDEC or PyAV
 DALI_GPU_CODECS = DALI_CPU_CODECS | {"h264", "hevc", "av1", "mpeg4"}
 PLAIN_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuvj422p", "yuv422p"})  # 8-bit; the rest goes through PyAV
@@ -28,7 +30,7 @@ MISSING_SHARE = 0.05  # of the promised duration or frames; containers round, so
 MISSING_FRAMES = 2
 
 
-class BadFile(ValueError):
+class BadFile(UserError):
     """A file that cannot be used; the message is the reason, without the path."""
 
 

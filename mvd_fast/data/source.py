@@ -17,11 +17,12 @@ import numpy as np
 from mvd_fast.data import media, sampling
 from mvd_fast.data.kinds import Annotated, Inputs, Kind
 from mvd_fast.data.sampling import SampleKey
+from mvd_fast.errors import UserError
 
 MAX_REPLACEMENTS = 64  # with half of the files bad, running out has a chance of 2^-64
 
 
-class NoUsableFile(ValueError):
+class NoUsableFile(UserError):
     """One sample and all of its replacements are unusable: practically every file is."""
 
 

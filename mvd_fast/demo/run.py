@@ -26,6 +26,7 @@ import mvd_fast
 from mvd_fast.config import RunConfig
 from mvd_fast.config_file import load_config
 from mvd_fast.demo.digits import FRAMES, MOTIONS, SIZE, DigitSet, is_written, write_digit_set
+from mvd_fast.errors import UserError
 from mvd_fast.files import SUMMARY, WEIGHTS, write_text
 from mvd_fast.machine import cpu_name, has_fast_bf16
 from mvd_fast.train import choose_accelerator
@@ -56,7 +57,7 @@ SIZES = {
 }
 
 
-class DemoError(ValueError):
+class DemoError(UserError):
     """The demo cannot go on; the message says why and how to go on."""
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mvd_fast.arguments import add_network_arguments, positive
 from mvd_fast.data import ava_files
+from mvd_fast.errors import UserError
 from mvd_fast.files import write_text
 
 from .ava import MOST, FrameMap, frame_map
@@ -46,13 +47,13 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     args = _evaluate_parser().parse_args(argv)
     out = Path(args.out or Path(args.checkpoint) / "ava_detections.csv")
     if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
     actions, truth, excluded = _read_truth(args)
     people = ava_files.read_proposals(args.proposals, args.threshold) if args.proposals else truth
     model, config = load_detector(args.checkpoint)
     classes = config.model.num_classes
     if beyond := [number for number in actions if number > classes]:
-        raise ValueError(f"{args.label_map} has action {beyond[0]}, but the checkpoint knows {classes} actions only")
+        raise UserError(f"{args.label_map} has action {beyond[0]}, but the checkpoint knows {classes} actions only")
 
     from mvd_fast.data.kinds.ava import scenes_of
 
@@ -97,7 +98,7 @@ def summary(result: FrameMap, actions: Mapping[int, str]) -> dict[str, Any]:
 def load_detector(checkpoint: str) -> tuple[torch.nn.Module, RunConfig]:
     """The detector of a run folder or of one of its checkpoints, in eval mode, and the run's config.
 
-    Raises ValueError for anything else.
+    Raises UserError for anything else.
     """
     from mvd_fast.config_file import load_config
     from mvd_fast.interop.storage import read_source
@@ -108,10 +109,10 @@ def load_detector(checkpoint: str) -> tuple[torch.nn.Module, RunConfig]:
     places = [folder / "config.json", folder.absolute().parent.parent / "config.json"]
     file = next((place for place in places if place.is_file()), None)
     if not folder.is_dir() or file is None:
-        raise ValueError(f"{checkpoint} is no folder of a run with a config.json, nor one of its checkpoints")
+        raise UserError(f"{checkpoint} is no folder of a run with a config.json, nor one of its checkpoints")
     config = load_config(str(file))
     if config.model.kind != "detector":
-        raise ValueError(f"{checkpoint} is a run of a {config.model.kind!r}; AVA needs a 'detector'")
+        raise UserError(f"{checkpoint} is a run of a {config.model.kind!r}; AVA needs a 'detector'")
     model = build_model(config.model, config.teachers)
     load_into(model, read_source(folder).state, checkpoint)
     return model.eval(), config
@@ -132,7 +133,7 @@ def detect(
     that could not be read, with the reason. Collective where there are several ranks: each takes its share of the
     scenes, and all get all the rows, in the scenes' order.
 
-    Raises ValueError when no video could be read.
+    Raises UserError when no video could be read.
     """
     from concurrent.futures import ThreadPoolExecutor
     from dataclasses import replace

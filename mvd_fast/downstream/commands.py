@@ -13,6 +13,7 @@ import numpy as np
 
 from mvd_fast.arguments import add_checkpoint_arguments, add_network_arguments, positive
 from mvd_fast.data.lists import Entry, ListError, read_dataset
+from mvd_fast.errors import UserError
 from mvd_fast.files import write_text, written_aside
 
 from .attentive import AttentiveSettings
@@ -123,12 +124,12 @@ def _check_classes(train: Sequence[Entry], test: Sequence[Entry], args: argparse
     """Refuses what no probe can be trained or judged on; called before the work, and on what could be read."""
     classes = {entry.label for entry in train}
     if len(classes) < 2:
-        raise ValueError(f"{args.train} has usable clips of one class only; a probe needs at least two")
+        raise UserError(f"{args.train} has usable clips of one class only; a probe needs at least two")
     if unseen := sorted({entry.label for entry in test} - classes):
         some = ", ".join(map(str, unseen[:4])) + (", ..." if len(unseen) > 4 else "")
-        raise ValueError(f"{args.test} has {len(unseen)} classes that {args.train} has no usable clip of: {some}")
+        raise UserError(f"{args.test} has {len(unseen)} classes that {args.train} has no usable clip of: {some}")
     if "knn" in _choices(args.kind) and len(train) < args.neighbours:
-        raise ValueError(
+        raise UserError(
             f"{args.train} has {len(train)} usable clips, fewer than the {args.neighbours} neighbours of --kind knn; "
             "lower --neighbours"
         )
@@ -156,9 +157,9 @@ def features_main(argv: Sequence[str] | None = None) -> int:
     """The command; 0, or 1 when files had to be left out."""
     args = _features_parser().parse_args(argv)
     if Path(args.out).suffix != ".safetensors":
-        raise ValueError(f"--out {args.out} must end in .safetensors")
+        raise UserError(f"--out {args.out} must end in .safetensors")
     if not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
+        raise UserError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
     entries = [entry for path in args.inputs for entry in _entries(path, args.root)]
     opened = _open(args)
     found = _extract(opened, entries, args, args.tokens)
@@ -262,14 +263,14 @@ def _tell_left_out(console: Console, *sides: FrozenFeatures) -> int:
 def _choices(text: str) -> list[str]:
     kinds = [kind.strip() for kind in text.split(",")]
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"--kind: unknown probe {unknown[0]!r}; there are: {', '.join(KINDS)}")
+        raise UserError(f"--kind: unknown probe {unknown[0]!r}; there are: {', '.join(KINDS)}")
     return list(dict.fromkeys(kinds))
 
 
 def _seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--seeds {text} must be whole numbers with commas between them, such as 0,1,2")
+        raise UserError(f"--seeds {text} must be whole numbers with commas between them, such as 0,1,2")
     return list(map(int, parts))
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mvd_fast.arguments import add_checkpoint_arguments, add_network_arguments, positive
 from mvd_fast.config import EvaluationConfig
 from mvd_fast.data.lists import class_folders
+from mvd_fast.errors import UserError
 from mvd_fast.files import write_text, written_aside
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0, or 1 when files had to be left out. Under a launcher every rank takes its share."""
     args = _parser().parse_args(argv)
     if args.out and find_spec("matplotlib") is None:
-        raise ValueError("--out draws with matplotlib, which is not installed: `pip install matplotlib`")
+        raise UserError("--out draws with matplotlib, which is not installed: `pip install matplotlib`")
     names = _class_names(args)
 
     from mvd_fast.data.kinds.labelled import read_labelled
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     network, clips, views, description = load_classifier(args)
     classes = network.head.out_features
     if names and len(names) != classes:
-        raise ValueError(f"--classes {args.classes} has {len(names)} names, but the classifier has {classes} classes")
+        raise UserError(f"--classes {args.classes} has {len(names)} names, but the classifier has {classes} classes")
     entries = read_labelled(args.data, args.root, classes)
     with ranks.joined() as rank:
         device = ranks.device(args.device)
@@ -183,7 +184,7 @@ def _class_names(args: argparse.Namespace) -> list[str]:
     """From the file --classes, or the class folders of --data; else none."""
     if args.classes:
         if not Path(args.classes).is_file():
-            raise ValueError(f"--classes {args.classes} does not exist; give a text file with one name a line")
+            raise UserError(f"--classes {args.classes} does not exist; give a text file with one name a line")
         return Path(args.classes).read_text("utf-8").splitlines()
     if Path(args.data).is_dir():
         return class_folders(args.data)

@@ -30,6 +30,7 @@ from mvd_fast.data.sampling import (
     view_offset,
 )
 from mvd_fast.data.source import Choice, Sample
+from mvd_fast.errors import UserError
 
 from .backbone import Backbone, Preprocessing
 
@@ -122,7 +123,7 @@ def frozen_features(
 ) -> FrozenFeatures:
     """Runs `views` centre-cropped clips of every file through the network; `on_file` is called once per file.
 
-    Raises ValueError if not one file can be used, or a feature is not finite.
+    Raises UserError if not one file can be used, or a feature is not finite.
     """
     crop = Crop("center", clips.image_size, (), (1.0, 1.0), 0.0, clips.mean, clips.std)
     kind = ViewKind(clips.num_frames, clips.sampling_rate, True, crop, frozenset(), views=views)
@@ -142,7 +143,7 @@ def frozen_features(
                     tokens.setdefault(number, []).append(token)
     if not pooled:
         path, reason = next(iter(bad.items()))
-        raise ValueError(f"none of {len(entries)} files can be used, for instance {path} {reason}")
+        raise UserError(f"none of {len(entries)} files can be used, for instance {path} {reason}")
     found = FrozenFeatures(
         [entries[number] for number in pooled],
         torch.stack([torch.stack(parts).mean(0) for parts in pooled.values()]),
@@ -210,4 +211,4 @@ def _require_finite(found: FrozenFeatures) -> None:
         finite &= found.tokens.isfinite().all(2).all(1)
     if not finite.all():
         some = found.entries[int((~finite).nonzero()[0])].path
-        raise ValueError(f"the features of {some} are not finite; the checkpoint may be damaged, or needs fp32")
+        raise UserError(f"the features of {some} are not finite; the checkpoint may be damaged, or needs fp32")

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from mvd_fast.errors import UserError
+
 Part = TypeVar("Part")
 
 
@@ -55,7 +57,7 @@ def gathered(
 ) -> tuple[dict[int, Part], dict[str, str]]:
     """All ranks' results by the number of their entry, ascending, and what they left out (collective).
 
-    Raises ValueError, on every rank, if there are no results of the `total` entries, which the sentence calls `what`.
+    Raises UserError, on every rank, if there are no results of the `total` entries, which the sentence calls `what`.
     """
     world = _place()[1]
     parts: list[Any] = [(found, bad)]
@@ -66,7 +68,7 @@ def gathered(
     all_bad = {path: reason for _, left_out in parts for path, reason in left_out.items()}
     if not together:
         path, reason = next(iter(all_bad.items()))
-        raise ValueError(f"none of {total} {what} can be used, for instance {path} {reason}")
+        raise UserError(f"none of {total} {what} can be used, for instance {path} {reason}")
     return dict(sorted(together.items())), all_bad
 
 

@@ -16,6 +16,7 @@ from mvd_fast.data.crops import Crop
 from mvd_fast.data.kinds.labelled import read_labelled
 from mvd_fast.data.lists import Entry
 from mvd_fast.data.pipeline import PipelineSpec
+from mvd_fast.errors import UserError
 
 from . import ranks
 from .backbone import Preprocessing
@@ -81,7 +82,7 @@ def predict(
     """The mean softmax over all views of every video (collective where there are several ranks).
 
     network: float [B, 3, T, H, W] in `dtype` -> logits. Rank r of n takes the entries r, r + n, ...; all get all the
-    predictions. `on_file` is called once per video of this rank. Raises ValueError if no video can be used, or if
+    predictions. `on_file` is called once per video of this rank. Raises UserError if no video can be used, or if
     scores are not finite.
     """
     mine = ranks.share(len(entries))
@@ -105,7 +106,7 @@ def predict(
     found = [entries[number] for number in means]
     if not (finite := stacked.isfinite().all(1)).all():
         some = found[int((~finite).nonzero()[0])].path
-        raise ValueError(f"the scores of {some} are not finite; the weights may be damaged, or need fp32")
+        raise UserError(f"the scores of {some} are not finite; the weights may be damaged, or need fp32")
     return Predictions(found, stacked, bad)
 
 

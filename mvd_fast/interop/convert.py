@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from mvd_fast.errors import UserError
+
 from . import layouts
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def convert(
 ) -> list[str]:
     """Reads, recognises, renames and writes; `target` is complete or untouched. Returns the report, line by line.
 
-    Raises ValueError for a source that is damaged, unknown or incomplete, for a target that exists, and where the
+    Raises UserError for a source that is damaged, unknown or incomplete, for a target that exists, and where the
     layout cannot hold such a network. With `partial` keys that are missing, unexpected or of another shape, and
     positions that the layout cannot keep, are only listed.
     """
@@ -123,15 +125,15 @@ def _check_target(target: Path, layout: ModuleType, force: bool) -> None:
     from .storage import FILE_ENDINGS
 
     if not layout.FOLDER and target.suffix not in FILE_ENDINGS:
-        raise ValueError(f"DST {target} must end in one of {', '.join(FILE_ENDINGS)}")
+        raise UserError(f"DST {target} must end in one of {', '.join(FILE_ENDINGS)}")
     if layout.FOLDER and target.suffix in FILE_ENDINGS:
-        raise ValueError(f"DST {target} must be a folder's name, as this layout consists of several files")
+        raise UserError(f"DST {target} must be a folder's name, as this layout consists of several files")
     if target.exists() and (target.is_dir() != layout.FOLDER or not force):
         kind = "folder" if target.is_dir() else "file"
         ways = "--force replaces it" if target.is_dir() == layout.FOLDER else "and cannot be replaced by this layout"
-        raise ValueError(f"DST {target} exists (a {kind}); {ways}")
+        raise UserError(f"DST {target} exists (a {kind}); {ways}")
     if not target.parent.is_dir():
-        raise ValueError(f"DST {target}: the folder {target.parent} does not exist")
+        raise UserError(f"DST {target}: the folder {target.parent} does not exist")
 
 
 def _remarks(network: Network, kept: Iterable[str], layout: ModuleType, to: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvd_fast.errors import UserError
 from mvd_fast.models import ImageTeacher, MaskedAutoencoder, MaskedVideoStudent, VideoClassifier, VideoMAE
 from mvd_fast.models.layers import LN_EPS
 from mvd_fast.models.videomae import VideoEncoder
@@ -315,7 +316,7 @@ def resized(network: Network, image_size: int | None, num_frames: int | None) ->
 
 def _require_multiple(option: str, value: int, parts: str, size: int) -> None:
     if value % size:
-        raise ValueError(f"{option} {value} does not divide into {parts} of {size}")
+        raise UserError(f"{option} {value} does not divide into {parts} of {size}")
 
 
 SIZE_FIELDS = {f.name: float if "eps" in f.name else int for f in fields(Sizes)}

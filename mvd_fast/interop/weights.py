@@ -14,13 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mvd_fast.errors import UserError
+
 # Where the public checkpoints keep their state dict.
 CONTAINERS = ("model", "module", "state_dict")
 # What wrappers put before every name.
 WRAPPERS = ("module.", "_orig_mod.")
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A weight file that is missing, broken, unsafe, or of another network."""
 
 

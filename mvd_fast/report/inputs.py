@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from mvd_fast.errors import UserError
+
 ARRAYS = ("frames", "mask", "tubelet", "patch", "reconstruction", "digit", "motion")
 
 
@@ -26,7 +28,7 @@ class Inputs:
 def read_inputs(out: Path) -> Inputs:
     """Reads results.json (required), `<run>/log.jsonl` of each phase and pictures.npz (where they exist).
 
-    Raises ValueError where results.json is missing or is not a JSON object.
+    Raises UserError where results.json is missing or is not a JSON object.
     """
     results = read_results(out / "results.json")
     runs = {phase["name"]: phase["run"] for phase in results.get("phases") or [] if phase.get("run")}
@@ -38,11 +40,11 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"the report needs {path}, which does not exist: run `mvd-fast demo` first") from None
+        raise UserError(f"the report needs {path}, which does not exist: run `mvd-fast demo` first") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): delete it and run `mvd-fast demo` again") from None
+        raise UserError(f"{path} is not valid JSON ({error}): delete it and run `mvd-fast demo` again") from None
     if not isinstance(results, dict):
-        raise ValueError(f"{path} holds a JSON {type(results).__name__}, expected an object: run `mvd-fast demo` again")
+        raise UserError(f"{path} holds a JSON {type(results).__name__}, expected an object: run `mvd-fast demo` again")
     return results
 
 

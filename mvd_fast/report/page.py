@@ -22,7 +22,7 @@ def write_report(out: Path) -> Path:
     """Writes `out/report.html` from `out/results.json`, the runs' `log.jsonl` and `out/pictures.npz`; returns its path.
 
     The page is self-contained: nothing is fetched when it is opened. Pieces that are missing are named in their
-    section. Raises ValueError where results.json itself is missing or broken.
+    section. Raises UserError where results.json itself is missing or broken.
     """
     out = Path(out)
     path = out / NAME

@@ -32,6 +32,7 @@ from torch import Tensor
 from mvd_fast.config import RunConfig, TeacherConfig
 from mvd_fast.data.loader import OpenTargets, Targets
 from mvd_fast.data.sampling import SampleKey
+from mvd_fast.errors import UserError
 from mvd_fast.files import write_text, written_aside
 from mvd_fast.teachers import DTYPES
 from mvd_kernels.linear_8bit import quantize_rows
@@ -49,7 +50,7 @@ VIEW_SETTINGS = {
 TEACHER_SETTINGS = ("kind", "image_size", "patch_size", "embed_dim", "depth", "num_heads")
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """A store that is missing, incomplete, damaged, or made for another run."""
 
 

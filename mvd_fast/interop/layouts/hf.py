@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mvd_fast.config import IMAGENET_MEAN, IMAGENET_STD
+from mvd_fast.errors import UserError
 from mvd_fast.files import WEIGHTS, folder_written_aside
 
 from .. import model_card
@@ -89,7 +90,7 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
 
 def select(network: Network) -> dict[str, Tensor]:
     if not network.is_video:
-        raise ValueError("the hf layout holds video networks, and this is an image ViT: use --to mvd or timm")
+        raise UserError("the hf layout holds video networks, and this is an image ViT: use --to mvd or timm")
     positions = {"pos_embed": network.table} if needs_own_classes(network) else {}
     return {**network.encoder, **network.head, **positions}
 

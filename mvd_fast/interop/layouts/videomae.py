@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mvd_fast.errors import UserError
+
 from ..names import NameTable
 from ..network import Network
 from ..storage import Source, save_weights
@@ -36,7 +38,7 @@ def read(source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def select(network: Network) -> dict[str, Tensor]:
     if not network.is_video:
-        raise ValueError("the videomae layout holds video networks, and this is an image ViT: use --to mvd or timm")
+        raise UserError("the videomae layout holds video networks, and this is an image ViT: use --to mvd or timm")
     if network.kind == "videomae":
         return {name: value for name, value in network.state.items() if name != "pos_embed"}
     return {**network.encoder, **network.head}
