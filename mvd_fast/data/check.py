@@ -13,7 +13,7 @@ from statistics import median
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mvd_fast.data import media
+from mvd_fast.data import images, media
 from mvd_fast.data.index import FileFacts, is_fresh, load_index, save_index, scan_files
 from mvd_fast.data.lists import read_dataset, side_file
 from mvd_fast.data.quarantine import quarantine_path, write_quarantine
@@ -50,7 +50,7 @@ def check_list(
     container. Writes `<list>.index.json` and `<list>.quarantine.txt`; an interrupted scan keeps what it has seen.
     Raises ListError (a ValueError) when the list itself is missing or malformed.
     """
-    entries = read_dataset(train, root, media.VIDEO_EXTENSIONS + media.IMAGE_EXTENSIONS)
+    entries = read_dataset(train, root, media.VIDEO_EXTENSIONS + images.IMAGE_EXTENSIONS)
     paths = list(dict.fromkeys(entry.path for entry in entries))
     index_path = side_file(train, "index.json")
     known = load_index(index_path)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mvd_fast.data import media
+from mvd_fast.data import images, media
 from mvd_fast.errors import UserError
 from mvd_fast.files import write_text
 
@@ -48,7 +48,7 @@ def scan_file(path: str, decode: bool = False) -> FileFacts:
     size, mtime_ns = stamp(path)
     try:
         data = media.read_bytes(path)
-        if path.lower().endswith(media.IMAGE_EXTENSIONS):
+        if path.lower().endswith(images.IMAGE_EXTENSIONS):
             return _image_facts(size, mtime_ns, data, decode)
         info = media.probe_video(data)
         if decode:
@@ -70,9 +70,9 @@ def scan_file(path: str, decode: bool = False) -> FileFacts:
 
 
 def _image_facts(size: int, mtime_ns: int, data: np.ndarray, decode: bool) -> FileFacts:
-    info = media.probe_image(data)
+    info = images.probe_image(data)
     if decode:
-        media.decode_image(data)
+        images.decode_image(data)
     return FileFacts(
         size, mtime_ns, frames=1, width=info.width, height=info.height, codec=info.codec.lower(), decoded=decode
     )

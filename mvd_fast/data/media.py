@@ -1,4 +1,4 @@
-"""What a file is, and its frames: everything that touches containers and codecs outside DALI (PyAV and Pillow)."""
+"""What a file is, and its frames: all that touches containers and codecs of videos outside DALI (PyAV)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import av
 import numpy as np
 from av.video.reformatter import Interpolation
-from PIL import Image
 
 from mvd_fast.errors import UserError
 
@@ -20,7 +19,6 @@ DALI_GPU_CODECS = DALI_CPU_CODECS | {"h264", "hevc", "av1", "mpeg4"}
 PLAIN_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuvj422p", "yuv422p"})  # 8-bit; the rest goes through PyAV
 
 VIDEO_EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp")
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 # libswscale's SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND: with them PyAV's colours equal DALI's CPU decoder bit for bit.
 # Without them chroma is upsampled to the nearest pixel, and edges of saturated colours are off by up to a third.
@@ -249,39 +247,3 @@ def _rgb(frame: av.VideoFrame, info: VideoInfo) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
-
-
-@dataclass(frozen=True, slots=True)
-class ImageInfo:
-    """Facts of an image file, from its header."""
-
-    width: int
-    height: int
-    codec: str
-
-
-# What a complete file of a format ends with, within its last bytes (some writers append padding).
-IMAGE_ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
-ENDING_WITHIN = 4096
-
-
-def probe_image(data: np.ndarray) -> ImageInfo:
-    """Facts of an encoded image, uint8 [size]. Raises BadFile: not an image, or cut off."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            (width, height), codec = image.size, image.format or ""
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadFile(f"is not a readable image ({type(error).__name__})") from error
-    ending = IMAGE_ENDINGS.get(codec)
-    if ending and ending not in data[-ENDING_WITHIN:].tobytes():
-        raise BadFile(f"is truncated: the {codec} end marker is missing")
-    return ImageInfo(width, height, codec)
-
-
-def decode_image(data: np.ndarray) -> np.ndarray:
-    """An encoded image as RGB, uint8 [H, W, 3], by Pillow. Raises BadFile when it cannot be decoded."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadFile(f"cannot be decoded ({_reason(error)})") from error

@@ -9,7 +9,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import DataNode
 
 from mvd_fast.config import RunConfig
-from mvd_fast.data import crops, media
+from mvd_fast.data import crops, images
 from mvd_fast.data.kinds import Inputs
 from mvd_fast.data.sampling import SampleKey
 
@@ -20,16 +20,16 @@ class ImageKind:
 
     crop: crops.Crop
     output: str = "image"
-    extensions: tuple[str, ...] = media.IMAGE_EXTENSIONS
+    extensions: tuple[str, ...] = images.IMAGE_EXTENSIONS
 
-    def check(self, data: np.ndarray) -> media.ImageInfo:
-        return media.probe_image(data)
+    def check(self, data: np.ndarray) -> images.ImageInfo:
+        return images.probe_image(data)
 
-    def load(self, data: np.ndarray, facts: media.ImageInfo, key: SampleKey, by_dali: bool) -> Inputs:
+    def load(self, data: np.ndarray, facts: images.ImageInfo, key: SampleKey, by_dali: bool) -> Inputs:
         box, flip = self.crop.box(key, facts.width, facts.height), self.crop.flipped(key)
         if by_dali:
             return Inputs.of_encoded(data, np.zeros(1, dtype=np.int32), box, flip)
-        return Inputs.of_pixels(media.decode_image(data)[None], box, flip)
+        return Inputs.of_pixels(images.decode_image(data)[None], box, flip)
 
     def graph(self, inputs: Inputs, device: str) -> DataNode:
         pixels = decoded_image(inputs, device)  # HWC
