@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from compare import clock, gemm_peak, memory_of
-from less_work import HALF, INT8, MASKS
+from less_work import RECIPES, STORED
 from rich.console import Console
 from rich.table import Table
 from step_data import Feed, store_targets
@@ -48,22 +48,6 @@ PHASES = (DATA, "image teacher", "video teacher", "student", "decoders", "heads 
 
 # Of the loss: bf16 rounds features to 2^-9, and the mean over half a million differences is much closer than each.
 TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
-
-
-STORED = ('teachers.cache.path="in memory"',)  # read from files, too, with --data
-RECIPES = {
-    "exact": (),
-    "compiled": ("teachers.compile=true",),
-    "ahead": ("teachers.ahead=true",),
-    "compiled+ahead": ("teachers.compile=true", "teachers.ahead=true"),
-    "int8": INT8,
-    "masks4": MASKS,
-    "int8+masks4": (*INT8, *MASKS),
-    "half": HALF,
-    "stored": STORED,
-    "stored+masks4": (*STORED, *MASKS),
-    "int8+masks4+half": (*INT8, *MASKS, *HALF),
-}
 EXACT = {f"engine {name}" for name in ("exact", "compiled", "ahead", "compiled+ahead")}
 
 
@@ -320,26 +304,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("mvd-fast bench step", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", default="vitb_from_vitb", metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one value")
-    parser.add_argument("--batch", type=int, default=2, help="clips of a step (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--recipes", default="exact", help=f"comma-separated, or all: {', '.join(RECIPES)} (default: %(default)s)"
-    )
-    parser.add_argument("--data", metavar="LIST", help="a short list of clips to load beside the step, and to store")
-    parser.add_argument("--fp32", action="store_true", help="also the yardstick in float32")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    args = parser.parse_args(argv)
-    config = load_config(args.config, args.set)
-    names = list(RECIPES) if args.recipes == "all" else args.recipes.split(",")
-    if unknown := [name for name in names if name not in RECIPES]:
-        parser.error(f"--recipes: {unknown[0]!r} is unknown; there are: all, {', '.join(RECIPES)}")
+def bench(args: argparse.Namespace, config: RunConfig, names: Sequence[str]) -> None:
+    """Checks and times the sides of the step, and prints what was found. args: of step_command.py."""
     with distributed(), tempfile.TemporaryDirectory() as folder:
         _bench(args, config, names, Path(folder))
-    return 0
 
 
 def _bench(args: argparse.Namespace, config: RunConfig, names: Sequence[str], folder: Path) -> None:
@@ -369,7 +337,3 @@ def _bench(args: argparse.Namespace, config: RunConfig, names: Sequence[str], fo
     if args.json:
         content = {"config": config.name, "clips": args.batch, "rounds": args.rounds, "machine": machine()}
         write_text(Path(args.json), json.dumps({**content, "peaks": peaks, "sides": rows}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -12,6 +12,44 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """`--config`, required where there is no default, and `--set`."""
+    shown = f" (default: {default})" if default else ", such as vitl"
+    parser.add_argument(
+        "--config",
+        required=default is None,
+        default=default,
+        metavar="FILE",
+        help=f"JSON file or name of a recipe{shown}",
+    )
+    add_set_argument(parser)
+
+
+def add_set_argument(parser: argparse.ArgumentParser) -> None:
+    """`--set KEY=VALUE ...`, the overrides of `load_config`."""
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override values, such as optim.epochs=100 seed=1; may be repeated",
+    )
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `train.py` and `mvd-fast train` take, and the rank that DeepSpeed's launcher appends."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="{auto,never,PATH}",
+        help="auto: from the newest valid checkpoint of the run; never: start anew; or the path of one",
+    )
+    parser.add_argument("--run-dir", default="", metavar="FOLDER", help="where checkpoints and logs go")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+
+
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     """How a network is run: `--precision`, `--device`, and `--threads` for its clips."""
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")

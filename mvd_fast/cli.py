@@ -1,12 +1,15 @@
-"""The command `mvd-fast`: one word chooses what runs; each imports what it needs only when it is chosen."""
+"""The command `mvd-fast`: one word or two choose what runs; each imports what it needs only when it is chosen."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mvd_fast.arguments import add_set_argument
 from mvd_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,43 +17,76 @@ if TYPE_CHECKING:
 
 PROGRAM = "mvd-fast"
 Arguments = list[str]
+Run = Callable[[Arguments], int | None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status.
+    """Run one command; returns the exit status.
 
     The sentence of a `UserError` goes to stderr and the status is 2. Other exceptions keep their traceback.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    chosen = parser.parse_args(argv[:1] or ["--help"])  # what follows belongs to the subcommand
-    if chosen.version:
-        print(f"{PROGRAM} {_version()}")
-        return 0
     try:
-        command = _choose(COMMANDS, chosen.command, "subcommand")
-        return command.run(argv[1:]) or 0
+        return _run(list(sys.argv[1:] if argv is None else argv)) or 0
     except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
 
 
-def _train(argv: Arguments) -> int | None:
+def _run(argv: Arguments, group: str = "") -> int | None:
+    """Runs the command that the first word of `argv` names, or the second where the first names a group."""
+    prefix = f"{group} " if group else ""
+    commands = {name.removeprefix(prefix): found for name, found in COMMANDS.items() if name.startswith(prefix)}
+    parser = _parser(prefix + "COMMAND", commands)
+    chosen = parser.parse_args(argv[:1] or ["--help"])  # what follows belongs to the command
+    if chosen.version:
+        print(f"{PROGRAM} {_version()}")
+        return 0
+    if chosen.command in commands:
+        return commands[chosen.command].run(argv[1:])
+    words = list(dict.fromkeys(name.split()[0] for name in commands))
+    if chosen.command in words:
+        return _run(argv[1:], chosen.command)
+    raise UserError(_unknown(chosen.command, words, group))
+
+
+def _unknown(name: str, words: list[str], group: str) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(name, words, n=1)
+    hint = f", did you mean {found[0]!r}?" if found else ";"
+    of = f" of {group}" if group else ""
+    return f"unknown subcommand{of} {name!r}{hint} there are: {', '.join(words)}"
+
+
+def _parser(what: str, commands: dict[str, Command]) -> argparse.ArgumentParser:
+    width = max(map(len, commands))
+    lines = (f"  {name:{width}} {command.summary}" for name, command in commands.items())
+    parser = argparse.ArgumentParser(
+        PROGRAM,
+        usage=f"{PROGRAM} {what} ...",
+        description=f"Masked video distillation. `{PROGRAM} {what} --help` says what a command takes.",
+        epilog="commands:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help="one of those below")
+    return parser
+
+
+def _train(argv: Arguments) -> int:
     from mvd_fast.train import main as train
 
-    return train(argv)
+    return train(argv, f"{PROGRAM} train")
 
 
-def _finetune(argv: Arguments) -> int | None:
+def _finetune(argv: Arguments) -> int:
     from mvd_fast.finetune import main as finetune
 
-    return finetune(argv)
+    return finetune(argv, f"{PROGRAM} finetune")
 
 
-def _evaluate(argv: Arguments) -> int | None:
-    from mvd_fast.downstream.evaluate import main as evaluate
-
-    return evaluate(argv)
+def _help(argv: Arguments) -> int | None:
+    return main([*argv, "--help"])
 
 
 def _doctor(argv: Arguments) -> int | None:
@@ -60,101 +96,33 @@ def _doctor(argv: Arguments) -> int | None:
     return doctor()
 
 
-def _demo(argv: Arguments) -> int | None:
-    from mvd_fast.demo import main as demo
-
-    return demo(argv)
-
-
-def _convert(argv: Arguments) -> int | None:
-    from mvd_fast.interop.convert import main as convert
-
-    return convert(argv)
-
-
-def _bench(argv: Arguments) -> int | None:
-    return _run_nested("bench", BENCH_COMMANDS, argv)
-
-
 def _bench_step(argv: Arguments) -> int | None:
-    from importlib import import_module
-    from pathlib import Path
-
     folder = Path(__file__).parents[1] / "benchmarks"  # holds the yardstick, which no training needs
     if not (folder / "step.py").is_file():
         raise UserError("bench runs in a checkout, beside its folder benchmarks/, which an installed package lacks")
     sys.path.insert(0, str(folder))
-    return import_module("step").main(argv)
-
-
-def _plan(argv: Arguments) -> int | None:
-    from mvd_fast.planning.plan import main as plan
-
-    return plan(argv)
-
-
-def _probe(argv: Arguments) -> int | None:
-    from mvd_fast.downstream.commands import probe_main
-
-    return probe_main(argv)
-
-
-def _features(argv: Arguments) -> int | None:
-    from mvd_fast.downstream.commands import features_main
-
-    return features_main(argv)
-
-
-def _ava_map(argv: Arguments) -> int | None:
-    from mvd_fast.downstream.ava_commands import map_main
-
-    return map_main(argv)
-
-
-def _ava_evaluate(argv: Arguments) -> int | None:
-    from mvd_fast.downstream.ava_commands import evaluate_main
-
-    return evaluate_main(argv)
-
-
-def _data(argv: Arguments) -> int | None:
-    return _run_nested("data", DATA_COMMANDS, argv)
-
-
-def _data_check(argv: Arguments) -> int | None:
-    from mvd_fast.data.check import main as check
-
-    return check(argv)
-
-
-def _teachers(argv: Arguments) -> int | None:
-    return _run_nested("teachers", TEACHERS_COMMANDS, argv)
-
-
-def _teachers_cache(argv: Arguments) -> int | None:
-    from mvd_fast.targets.build import main as cache
-
-    return cache(argv)
-
-
-def _config(argv: Arguments) -> int | None:
-    return _run_nested("config", CONFIG_COMMANDS, argv)
+    return import_module("step_command").main(argv)
 
 
 def _config_show(argv: Arguments) -> None:
     from mvd_fast.config_file import load_config
 
-    parser = argparse.ArgumentParser(f"{PROGRAM} config show", description=CONFIG_COMMANDS["show"].summary)
+    program = f"{PROGRAM} config show"
+    parser = argparse.ArgumentParser(
+        program,
+        usage=f"{program} [-h] CONFIG [--set KEY=VALUE [KEY=VALUE ...]]",  # argparse would put CONFIG last
+        description=COMMANDS["config show"].summary,
+    )
     parser.add_argument("config", metavar="CONFIG", help="JSON file or name of a recipe, such as vitl")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override")
+    add_set_argument(parser)
     chosen = parser.parse_args(argv)
-    print(load_config(chosen.config, chosen.overrides).model_dump_json(indent=2))
+    print(load_config(chosen.config, chosen.set).model_dump_json(indent=2))
 
 
 def _config_list(argv: Arguments) -> None:
     from mvd_fast.config_file import list_recipes, load_config
 
-    argparse.ArgumentParser(f"{PROGRAM} config list", description=CONFIG_COMMANDS["list"].summary).parse_args(argv)
+    argparse.ArgumentParser(f"{PROGRAM} config list", description=COMMANDS["config list"].summary).parse_args(argv)
     recipes = list_recipes()
     width = max(map(len, recipes), default=0)
     for name, path in recipes.items():
@@ -174,70 +142,36 @@ def _one_line(config: RunConfig) -> str:
 
 
 class Command(NamedTuple):
-    run: Callable[[Arguments], int | None]
+    run: Run
     summary: str
 
 
+def _at(module: str, function: str = "main") -> Run:
+    """A function of mvd_fast that takes the arguments; imported when it is called."""
+    return lambda argv: getattr(import_module(f"mvd_fast.{module}"), function)(argv)
+
+
 COMMANDS = {
-    "train": Command(_train, "train one config; the same as mvd_fast/train.py"),
-    "finetune": Command(_finetune, "train a classifier on labelled videos; the same as mvd_fast/finetune.py"),
-    "evaluate": Command(_evaluate, "test a classifier on a list with several views of each video"),
-    "demo": Command(_demo, "make a small video set, train both teachers and a student on it, and write a report"),
-    "data": Command(_data, "look after data: `data check LIST` scans every file of a list"),
-    "teachers": Command(_teachers, "`teachers cache --config FILE` stores the teachers' features, once for all epochs"),
-    "convert": Command(_convert, "a checkpoint in the names and files of MVD, VideoMAE, Hugging Face or timm"),
-    "probe": Command(_probe, "classify clips from a checkpoint's frozen features: linear, k-NN, attentive"),
-    "features": Command(_features, "store a checkpoint's features of videos"),
-    "ava-map": Command(_ava_map, "AVA's frame mAP of a file of detections, by the official protocol"),
-    "ava-evaluate": Command(_ava_evaluate, "AVA's frame mAP of a trained action detector; writes its detections"),
-    "config": Command(_config, "`config list` names the recipes, `config show CONFIG` prints a resolved one"),
-    "plan": Command(_plan, "what a run will take on GPUs that need not be there: memory, time, decoding, storage"),
-    "bench": Command(_bench, "`bench step` times the training step against the authors' way of computing it"),
-    "doctor": Command(_doctor, "print versions, devices, and which implementation each op uses and why"),
+    "train": Command(_train, "train one config, as mvd_fast/train.py does"),
+    "finetune": Command(_finetune, "train on labelled videos, as mvd_fast/finetune.py does"),
+    "evaluate": Command(_at("downstream.evaluate"), "test a classifier on a list, with several views of each video"),
+    "demo": Command(_at("demo"), "both stages on a small synthetic video set, with a report"),
+    "data check": Command(_at("data.check"), "name every unusable file of a list, and what would load faster"),
+    "teachers cache": Command(_at("targets.command"), "store the teachers' features, once for all epochs"),
+    "convert": Command(_at("interop.convert"), "a checkpoint in the form of MVD, VideoMAE, Hugging Face or timm"),
+    "probe": Command(_at("downstream.commands", "probe_main"), "classify by frozen features: linear, k-NN, attentive"),
+    "features": Command(_at("downstream.commands", "features_main"), "store a checkpoint's features of videos"),
+    "ava-map": Command(_at("downstream.ava_commands", "map_main"), "AVA's frame mAP of a file of detections"),
+    "ava-evaluate": Command(
+        _at("downstream.ava_commands", "evaluate_main"), "AVA's frame mAP of a trained detector, and its detections"
+    ),
+    "config list": Command(_config_list, "name the recipes, one a line"),
+    "config show": Command(_config_show, "print a config with everything that it extends, as JSON"),
+    "plan": Command(_at("planning.command"), "memory, time, storage of a run on GPUs that need not be there"),
+    "bench step": Command(_bench_step, "time the training step against the authors' way of doing it"),
+    "doctor": Command(_doctor, "versions, devices, which implementation each op uses and why"),
+    "help": Command(_help, "what a command takes: `mvd-fast help COMMAND`"),
 }
-DATA_COMMANDS = {"check": Command(_data_check, "report every unusable file of a list, by name")}
-BENCH_COMMANDS = {"step": Command(_bench_step, "yardstick and engine in turn: seconds by phase, ratio, memory")}
-TEACHERS_COMMANDS = {"cache": Command(_teachers_cache, "run the teachers once over views of every clip; resumable")}
-CONFIG_COMMANDS = {
-    "show": Command(_config_show, "print a config with everything that it extends, as JSON"),
-    "list": Command(_config_list, "name the recipes, one a line"),
-}
-
-
-def _run_nested(group: str, commands: dict[str, Command], argv: Arguments) -> int | None:
-    parser = argparse.ArgumentParser(
-        f"{PROGRAM} {group}", epilog=_listing(commands), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", metavar="COMMAND", help=", ".join(commands))
-    chosen = parser.parse_args(argv[:1] or ["--help"])
-    return _choose(commands, chosen.command, f"subcommand of {group}").run(argv[1:])
-
-
-def _choose(commands: dict[str, Command], name: str, what: str) -> Command:
-    if name in commands:
-        return commands[name]
-    import difflib
-
-    found = difflib.get_close_matches(name, commands, n=1)
-    hint = f", did you mean {found[0]!r}?" if found else ";"
-    raise UserError(f"unknown {what} {name!r}{hint} there are: {', '.join(commands)}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        PROGRAM,
-        description="Masked video distillation: train and inspect. `COMMAND --help` says what a command takes.",
-        epilog=_listing(COMMANDS),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="store_true", help="print the version")
-    parser.add_argument("command", metavar="COMMAND", nargs="?", help=", ".join(COMMANDS))
-    return parser
-
-
-def _listing(commands: dict[str, Command]) -> str:
-    width = max(map(len, commands))
-    return "commands:\n" + "\n".join(f"  {name:{width}} {command.summary}" for name, command in commands.items())
 
 
 def _version() -> str:

@@ -7,6 +7,7 @@ order and the file itself goes on top: objects merge key by key, everything else
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,6 @@ from mvd_fast.files import write_text
 
 __all__ = [
     "ConfigError",
-    "add_train_arguments",
     "check_batch",
     "config_from_arguments",
     "list_recipes",
@@ -60,13 +60,19 @@ def load_config(path_or_recipe_name: str, overrides: Sequence[str] = ()) -> RunC
         overrides: `a.b=value` settings, applied last; a value that is not JSON is taken as a string.
 
     Raises:
-        ConfigError: the file is missing or not JSON, or the config is faulty; one sentence, or one a line.
+        ConfigError: the file is missing or not JSON, or the config is faulty; one sentence, or one a line. What an
+            override brought in is blamed on `--set`, all else on the file.
     """
     path = _find(path_or_recipe_name)
     tree = _read_merged(path, ())
+    changed = copy.deepcopy(tree)
     for override in overrides:
-        _apply_override(tree, override)
-    return _validate(tree, str(path))
+        _apply_override(changed, override)
+    config, sentences = _checked(changed)
+    if config is None:
+        before = set(_checked(tree)[1]) if overrides else sentences
+        raise ConfigError(_report([_blamed(s, path, () if s in before else overrides) for s in sentences]))
+    return config
 
 
 def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
@@ -81,30 +87,10 @@ def list_recipes() -> dict[str, Path]:
     return {name: path for name, path in _recipe_files().items() if not name.startswith("base/")}
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `train.py` and `mvd-fast train` take, and the rank that DeepSpeed's launcher appends."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON file or name of a recipe, such as vitl")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one value, such as optim.epochs=100; may be repeated",
-    )
-    parser.add_argument(
-        "--resume",
-        default="auto",
-        metavar="{auto,never,PATH}",
-        help="auto: from the newest valid checkpoint of the run; never: start anew; or the path of one",
-    )
-    parser.add_argument("--run-dir", default="", metavar="FOLDER", help="where checkpoints and logs go")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
-
-
 def config_from_arguments(arguments: argparse.Namespace) -> RunConfig:
     """The config that the arguments of `add_train_arguments` name; `--run-dir` wins over the file and `--set`."""
-    run_dir = [f"run_dir={json.dumps(arguments.run_dir)}"] if arguments.run_dir else []
-    return load_config(arguments.config, [*arguments.set, *run_dir])
+    config = load_config(arguments.config, arguments.set)
+    return config.model_copy(update={"run_dir": arguments.run_dir}) if arguments.run_dir else config
 
 
 def _find(name: str, start: Path = Path()) -> Path:
@@ -203,17 +189,32 @@ def _apply_override(tree: Json, override: str) -> None:
         tree[last] = text
 
 
-def _validate(tree: Json, source: str) -> RunConfig:
+def _checked(tree: Json) -> tuple[RunConfig | None, list[str]]:
+    """The config, or None and one sentence for every fault."""
     try:
         config = RunConfig.model_validate_json(json.dumps(tree), strict=True)
         sentences = faults(config)
     except ValidationError as error:
-        sentences = [_sentence(found) for found in error.errors(include_url=False)]
-    if len(sentences) == 1:
-        raise ConfigError(f"{source}: {sentences[0]}")
-    if sentences:
-        raise ConfigError("\n  ".join([f"{source} has {len(sentences)} errors:", *sentences]))
-    return config
+        return None, [_sentence(found) for found in error.errors(include_url=False)]
+    return (None if sentences else config), sentences
+
+
+def _blamed(sentence: str, path: Path, overrides: Sequence[str]) -> tuple[str, str]:
+    """What brought a fault in, and the fault: the override of the setting that it names, all overrides, or the file."""
+    where, separator, _ = sentence.partition(": ")
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    if separator and any(where == key or where.startswith((f"{key}.", f"{key}[")) for key in keys):
+        return "", f"--set {sentence}"
+    return (f"{path} with --set {' '.join(overrides)}" if overrides else str(path)), sentence
+
+
+def _report(found: list[tuple[str, str]]) -> str:
+    """One fault in one line; more under a heading, which says where they come from if that is one place."""
+    sources = {source for source, _ in found}
+    if len(found) > 1 and len(sources) == 1 and (source := found[0][0]):
+        return "\n  ".join([f"{source} has {len(found)} errors:", *(sentence for _, sentence in found)])
+    lines = [": ".join(filter(None, pair)) for pair in found]
+    return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} errors:", *lines])
 
 
 def _sentence(error: ErrorDetails) -> str:

@@ -20,9 +20,9 @@ from mvd_fast.config_file import ConfigError  # noqa: E402
 from mvd_fast.train import main as train  # noqa: E402
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "mvd_fast/finetune.py") -> int:
     """As `mvd_fast.train.main`; a config that pre-trains is refused."""
-    return train(argv, "mvd_fast/finetune.py", "fine-tune a network on labelled videos", _require_fine_tuning)
+    return train(argv, program, "fine-tune a network on labelled videos", _require_fine_tuning)
 
 
 def _require_fine_tuning(config: RunConfig) -> None:
@@ -34,4 +34,4 @@ def _require_fine_tuning(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(program="python -m mvd_fast.finetune" if __spec__ else "mvd_fast/finetune.py"))

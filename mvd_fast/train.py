@@ -22,8 +22,9 @@ import time  # noqa: E402
 from collections.abc import Callable, Iterator, MutableMapping, Sequence  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 
+from mvd_fast.arguments import add_train_arguments  # noqa: E402
 from mvd_fast.config import RunConfig  # noqa: E402
-from mvd_fast.config_file import ConfigError, add_train_arguments, config_from_arguments, missing_files  # noqa: E402
+from mvd_fast.config_file import ConfigError, config_from_arguments, missing_files  # noqa: E402
 from mvd_fast.errors import UserError  # noqa: E402
 
 LETTING_GO = 0.2  # seconds for threads that only wait for their turn
@@ -135,4 +136,4 @@ def _complain(error: Exception) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(program="python -m mvd_fast.train" if __spec__ else "mvd_fast/train.py"))

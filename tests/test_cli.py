@@ -11,8 +11,9 @@ import types
 import pytest
 
 from mvd_fast import cli, config_checks
+from mvd_fast.arguments import add_train_arguments
 from mvd_fast.config_checks import ConfigError
-from mvd_fast.config_file import add_train_arguments, config_from_arguments, load_config
+from mvd_fast.config_file import config_from_arguments, load_config
 
 REGISTRIES = ("models", "objectives", "teachers", "data/kinds")
 ALL_KINDS = sorted(path.stem for folder in REGISTRIES for path in (config_checks.PACKAGE / folder).glob("*.py"))
@@ -27,7 +28,7 @@ def fixed_kinds(monkeypatch):
 def calls(monkeypatch):
     """Stand-ins for the modules behind the subcommands; what they were called with, by name."""
     calls: dict[str, object] = {}
-    for name in ("train", "doctor", "demo", "data", "data.check"):
+    for name in ("train", "finetune", "doctor", "demo", "data", "data.check"):
         module = types.ModuleType(f"mvd_fast.{name}")
         module.main = lambda *argv, name=name: calls.setdefault(name, argv) and None
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -51,6 +52,62 @@ print("heavy:", sorted({"torch", "pydantic", "numpy", "deepspeed", "nvidia"} & s
     done = run_python(code)
     assert done.returncode == 0 and done.stdout.endswith("heavy: []\n"), done.stderr
     assert all(f"  {name} " in done.stdout for name in cli.COMMANDS)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+HELP_OF_ALL = """
+import contextlib, io, json, runpy, sys
+from mvd_fast import cli
+
+def shown(call):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            call()
+        except SystemExit as stop:
+            assert not stop.code
+    return out.getvalue(), sorted(set(%r) & set(sys.modules))
+
+def script(path):
+    sys.argv = [path, "--help"]
+    runpy.run_path(path, run_name="__main__")
+
+found = {name: shown(lambda: cli.main([*name.split(), "--help"])) for name in cli.COMMANDS}
+found |= {name: shown(lambda: script(name)) for name in %r}
+print(json.dumps(found))
+"""
+# Each takes most of a second of CPU to import, or much of it.
+HEAVY = ["torch", "deepspeed", "nvidia.dali", "triton", "sklearn", "scipy", "matplotlib", "timm", "transformers"]
+SCRIPTS = ["mvd_fast/train.py", "mvd_fast/finetune.py"]
+
+
+@pytest.fixture(scope="module")
+def help_of_all() -> dict[str, tuple[str, list[str]]]:
+    """What `--help` of every command and script prints, and which heavy modules have been imported by then."""
+    done = run_python(HELP_OF_ALL % (HEAVY, SCRIPTS))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, *SCRIPTS])
+def test_help_of_every_command_is_cheap_and_names_its_program(help_of_all, name):
+    text, heavy = help_of_all[name]
+    program = "mvd-fast COMMAND" if name == "help" else name if name in SCRIPTS else f"mvd-fast {name}"
+    assert text.startswith((f"usage: {program} ", f"usage: {program}\n"))
+    assert heavy == []
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, ""])
+def test_help_of_a_command_by_name(help_of_all, name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["help", *name.split()])
+    assert not stop.value.code and capsys.readouterr().out == help_of_all[name or "help"][0]
+
+
+def test_help_of_a_group_lists_its_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["help", "config"])
+    shown = capsys.readouterr().out
+    assert not stop.value.code and "\n  list " in shown and "\n  show " in shown and "doctor" not in shown
 
 
 def test_config_show_does_not_import_torch():
@@ -68,26 +125,30 @@ raise SystemExit("torch" in sys.modules)
 @pytest.mark.parametrize(
     "argv, name, received",
     [
-        (["train", "--config", "vitl", "--set", "seed=1"], "train", (["--config", "vitl", "--set", "seed=1"],)),
-        (["train", "--help"], "train", (["--help"],)),
+        (
+            ["train", "--config", "vitl", "--set", "a=1"],
+            "train",
+            (["--config", "vitl", "--set", "a=1"], "mvd-fast train"),
+        ),
+        (["finetune", "--help"], "finetune", (["--help"], "mvd-fast finetune")),
         (["doctor"], "doctor", ()),
         (["demo"], "demo", ([],)),
         (["demo", "--size", "quick", "--out", "d"], "demo", (["--size", "quick", "--out", "d"],)),
         (["data", "check", "a b.txt", "--root", "/d"], "data.check", (["a b.txt", "--root", "/d"],)),
     ],
 )
-def test_subcommand_reaches_its_module(calls, argv, name, received):
+def test_command_reaches_its_module(calls, argv, name, received):
     assert cli.main(argv) == 0
     assert calls == {name: received}
 
 
 def test_status_of_the_module_is_passed_on(calls, monkeypatch):
-    monkeypatch.setattr(sys.modules["mvd_fast.train"], "main", lambda argv: 3)
+    monkeypatch.setattr(sys.modules["mvd_fast.train"], "main", lambda *argv: 3)
     assert cli.main(["train"]) == 3
 
 
 def test_value_error_is_one_line_without_traceback(calls, monkeypatch, capsys):
-    def refuse(argv):
+    def refuse(*argv):
         raise ConfigError("batch.size 7 does not fit")
 
     monkeypatch.setattr(sys.modules["mvd_fast.train"], "main", refuse)
@@ -97,7 +158,7 @@ def test_value_error_is_one_line_without_traceback(calls, monkeypatch, capsys):
 
 
 def test_other_errors_keep_their_traceback(calls, monkeypatch):
-    def fail(argv):
+    def fail(*argv):
         raise RuntimeError("a fault of ours")
 
     monkeypatch.setattr(sys.modules["mvd_fast.train"], "main", fail)
@@ -119,6 +180,11 @@ def test_unknown_subcommand_names_the_nearest(argv, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_a_word_after_set_that_sets_nothing_is_refused(capsys):
+    assert cli.main(["config", "show", "vitl", "--set", "optim.epochs=3", "vitb"]) == 2
+    assert "--set takes KEY=VALUE with a dotted key, such as optim.epochs=100, not 'vitb'" in capsys.readouterr().err
+
+
 def test_bad_option_exits_2(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["demo", "--size", "huge"])
@@ -126,7 +192,7 @@ def test_bad_option_exits_2(capsys):
 
 
 def test_config_show_prints_what_loads_equal(tmp_path, capsys):
-    assert cli.main(["config", "show", "vitl", "--set", "optim.epochs=100", "--set", "name=short"]) == 0
+    assert cli.main(["config", "show", "vitl", "--set", "optim.epochs=100", "name=short"]) == 0
     shown = capsys.readouterr().out
     assert json.loads(shown)["optim"]["epochs"] == 100 and "extends" not in json.loads(shown)
     (tmp_path / "shown.json").write_text(shown)
@@ -156,18 +222,18 @@ def test_no_argument_shows_help(capsys):
 def test_train_arguments(rank):
     parser = argparse.ArgumentParser()
     add_train_arguments(parser)
-    given = ["--config", "vitl", "--set", "seed=4", "--set", "name=x", "--run-dir", "runs/7", *rank]
+    given = ["--set", "seed=4", "log.every=3", "--config", "vitl", "--set", "name=x", "--run-dir", "runs/7", *rank]
     arguments = parser.parse_args(given)
     assert arguments.resume == "auto"
     config = config_from_arguments(arguments)
-    assert (config.seed, config.name, config.output_dir) == (4, "x", "runs/7")
+    assert (config.seed, config.log.every, config.name, config.output_dir) == (4, 3, "x", "runs/7")
     assert "local" not in parser.format_help()
     assert config_from_arguments(parser.parse_args(["--config", "vitl"])) == load_config("vitl")
 
 
 def test_a_librarys_value_error_keeps_its_traceback(calls, monkeypatch):
     """Only our own sentences are for the user; anything else is a fault of the program and must be seen whole."""
-    monkeypatch.setattr(sys.modules["mvd_fast.train"], "main", lambda argv: int("no number"))
+    monkeypatch.setattr(sys.modules["mvd_fast.train"], "main", lambda *argv: int("no number"))
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["train"])
 

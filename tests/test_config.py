@@ -298,16 +298,31 @@ def test_override_without_key_or_value(override):
         ("optim.warmup_epochs=401", "optim: warmup_epochs is 401, longer than the 400 epochs"),
     ],
 )
-def test_schema_faults_are_sentences(override, said):
-    message = refusal("vitl", override)
-    assert said in message
-    assert "pydantic" not in message and "Value error" not in message and "type=" not in message
+def test_schema_faults_are_sentences_that_name_where_they_come_from(write, tmp_path, override, said):
+    tree = json.loads(load_config("vitl").model_dump_json())
+    sound = refusal(write("sound.json", tree), override)
+    named = said.startswith(override.partition("=")[0] + ": ") or "[1]" in said
+    source = f"{tmp_path}/sound.json with --set {override}"
+    if named:
+        assert sound.startswith(f"--set {said}")
+    else:
+        assert sound.startswith(source) and said in sound
+
+    config_file._apply_override(tree, override)
+    faulty = refusal(write("faulty.json", tree), "seed=1")
+    assert faulty.startswith(f"{tmp_path}/faulty.json") and said in faulty and "--set" not in faulty
+    for message in (sound, faulty):
+        assert "pydantic" not in message and "Value error" not in message and "type=" not in message
 
 
-def test_several_faults_stand_one_a_line():
-    lines = refusal("vitl", "model.dept=3", "seed=-1", "precision=fp8").splitlines()
-    assert lines[0].endswith("has 3 errors:") and len(lines) == 4
+def test_several_faults_stand_one_a_line(write):
+    file = write("run.json", {"extends": "vitl", "model": {"dept": 3}, "seed": -1})
+    lines = refusal(file).splitlines()
+    assert lines[0] == f"{file} has 2 errors:" and len(lines) == 3
     assert len(refusal("vitl", "seed=-1").splitlines()) == 1
+    heading, *rest = refusal(file, "precision=fp8").splitlines()
+    assert heading == "3 errors:" and '  --set precision: got "fp8"' in "\n".join(rest)
+    assert sum(line.startswith(f"  {file}: ") for line in rest) == 2
 
 
 @pytest.mark.parametrize(

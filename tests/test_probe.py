@@ -17,10 +17,10 @@ from video_files import write_video
 from mvd_fast import cli
 from mvd_fast.data.kinds.video import VideoKind
 from mvd_fast.data.lists import Entry
-from mvd_fast.downstream.attentive import AttentiveSettings, attentive_scores
+from mvd_fast.downstream.attentive import attentive_scores
 from mvd_fast.downstream.backbone import load_backbone
 from mvd_fast.downstream.frozen import ViewKind, frozen_features
-from mvd_fast.downstream.probe import knn_scores, top_k
+from mvd_fast.downstream.probe import AttentiveSettings, knn_scores, top_k
 from mvd_fast.models import ImageTeacher, MaskedVideoStudent, VideoClassifier, VideoMAE
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from mvd_fast.config_file import ConfigError, load_config
 from mvd_fast.data.loader import build_loader
 from mvd_fast.objectives import build_objective
-from mvd_fast.targets import build
+from mvd_fast.targets import build, command
 from mvd_fast.targets.store import StoreError, TargetStore, dequantize, layout, open_targets, quantize
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def write_run(folder: Path, store: Path, inputs: Path, **changes) -> Path:
 
 
 def cache(config_file: Path, *arguments: str) -> None:
-    assert build.main(["--config", str(config_file), "--rows-per-shard", "6", "--batch", "4", *arguments]) == 0
+    assert command.main(["--config", str(config_file), "--rows-per-shard", "6", "--batch", "4", *arguments]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_the_estimate_is_the_size(made):
 
 def test_estimate_of_larger_shards_is_within_a_percent(made, tmp_path, capsys):
     store = tmp_path / "store"
-    build.main(["--config", str(made.file), "--set", f"teachers.cache.path={store}", "--rows-per-shard", "40"])
+    command.main(["--config", str(made.file), "--set", f"teachers.cache.path={store}", "--rows-per-shard", "40"])
     said = re.search(r"channels: ([\d.]+) kB in", capsys.readouterr().out)
     size = sum(path.stat().st_size for path in store.glob("shard-*"))
     assert float(said[1]) * 1e3 == pytest.approx(size, rel=0.01)

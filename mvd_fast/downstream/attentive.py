@@ -8,24 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .probe import AttentiveSettings
+
 INIT_STD = 0.02
-
-
-@dataclass(frozen=True)
-class AttentiveSettings:
-    """AdamW with cosine decay to zero."""
-
-    epochs: int = 20
-    batch: int = 64
-    lr: float = 1e-3
-    weight_decay: float = 0.01
 
 
 class AttentiveProbe(nn.Module):
@@ -58,7 +49,7 @@ def attentive_scores(
     test_x: Tensor,
     num_heads: int,
     seed: int,
-    settings: AttentiveSettings = AttentiveSettings(),
+    settings: AttentiveSettings,
     device: torch.device | None = None,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> np.ndarray:

@@ -16,8 +16,7 @@ from mvd_fast.data.lists import Entry, ListError, read_dataset
 from mvd_fast.errors import UserError
 from mvd_fast.files import write_text, written_aside
 
-from .attentive import AttentiveSettings
-from .probe import NEIGHBOURS, TEMPERATURE
+from .probe import NEIGHBOURS, TEMPERATURE, AttentiveSettings
 
 if TYPE_CHECKING:
     import torch

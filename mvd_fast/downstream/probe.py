@@ -10,6 +10,16 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
 @dataclass(frozen=True)
+class AttentiveSettings:
+    """The attentive probe's: AdamW with cosine decay to zero."""
+
+    epochs: int = 20
+    batch: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True)
 class ProbeResult:
     """accuracy in [0, 1] and confusion int64 [classes, classes] (rows: truth) on the test clips."""
 

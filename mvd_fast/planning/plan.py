@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from mvd_fast.arguments import positive
 from mvd_fast.config import RunConfig
-from mvd_fast.config_file import ConfigError, check_batch, load_config
-from mvd_fast.files import write_text
+from mvd_fast.config_file import ConfigError, check_batch
 from mvd_fast.targets.store import layout
 from mvd_kernels import Linear8bit
 
 from .dry_run import StepBytes, objective_without_memory, step_bytes
 from .figures import Figure
-from .gpus import DECODE_SOURCE, GPUS, MEASURED, NETWORK_GB_S, Gpu, find_gpu
+from .gpus import DECODE_SOURCE, GPUS, MEASURED, NETWORK_GB_S, Gpu
 from .memory import StateBytes, count_parameters, state_bytes
 from .step_time import LARGE_WORK_SHARE, REACHED_OF_PUBLISHED, Phase, flop_by_phase, phases
 
@@ -284,92 +277,3 @@ def count_clips(config: RunConfig, given: int | None) -> tuple[int, str]:
         f"data.train: {config.data.train} is not there and names no set of known size ({', '.join(DATASETS)}); say how "
         "many samples there are: --clips N"
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    config = load_config(arguments.config, arguments.set)
-    if config.objective.kind not in PLANNED:
-        raise ConfigError(
-            f"{config.name} has model {config.model.kind!r} and objective {config.objective.kind!r}; plan knows the "
-            f"pre-training recipes, objectives {' and '.join(PLANNED)}"
-        )
-    clips, source = count_clips(config, arguments.clips)
-    plan = Plan(
-        config,
-        find_gpu(arguments.gpu),
-        arguments.gpus,
-        clips,
-        source,
-        arguments.share_of_peak,
-        arguments.network_gb_s,
-        arguments.decode_fps,
-    )
-    figures = plan.figures()
-    title = f"{config.name} on {arguments.gpus} x {plan.gpu.title}, ZeRO {config.zero_stage}, {config.precision}"
-    Console(width=max(120, Console().width), highlight=False).print(_table(title, figures))
-    if arguments.json:
-        rows = [asdict(figure) for figure in figures]
-        content = {"config": config.name, "gpus": arguments.gpus, "gpu": asdict(plan.gpu), "figures": rows}
-        write_text(arguments.json, json.dumps(content, indent=1) + "\n")
-    return 0
-
-
-def _table(title: str, figures: Sequence[Figure]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("figure", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("unit", no_wrap=True)
-    table.add_column("kind", no_wrap=True)
-    table.add_column("from what")
-    section = None
-    for figure in figures:
-        if figure.section != section:
-            table.add_section()
-            table.add_row(f"[bold]{figure.section}[/]", "", "", "", "")
-            section = figure.section
-        table.add_row(figure.figure, figure.shown, figure.unit, figure.kind, figure.source)
-    return table
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _positive_float(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than 1: it is a share, such as 0.4")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "mvd-fast plan",
-        description="What a run will take: parameters, FLOP, memory under each ZeRO stage, time, decoding, storage. "
-        "Needs neither GPU nor data nor checkpoints.",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON file or name of a recipe, such as vitl")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one value")
-    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="how many, over all machines")
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} (default: %(default)s)")
-    parser.add_argument("--clips", type=positive, metavar="N", help="training samples; default: lines of data.train")
-    parser.add_argument(
-        "--share-of-peak", type=_share, metavar="X", help="of the published bf16 peak; default: from a measured step"
-    )
-    parser.add_argument(
-        "--network-gb-s",
-        type=_positive_float,
-        default=NETWORK_GB_S,
-        metavar="R",
-        help="GB/s of each GPU to other machines, one direction (default: %(default)s)",
-    )
-    parser.add_argument("--decode-fps", type=_positive_float, metavar="R", help="frames a second that a GPU decodes")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    return parser

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,9 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mvd_fast.arguments import positive
 from mvd_fast.config import CacheConfig, RunConfig
-from mvd_fast.config_file import ConfigError, load_config, missing_files
+from mvd_fast.config_file import ConfigError
 from mvd_fast.data.loader import Loader, build_source
 from mvd_fast.data.sampling import SampleKey
 from mvd_fast.objectives import build_objective
@@ -36,38 +34,17 @@ from mvd_fast.targets.store import (
 DEFAULT_BATCH = 16
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Builds, goes on with, or verifies the store of a config; 0 when this process's part is complete."""
-    arguments = _parser().parse_args(argv)
-    config = load_config(arguments.config, arguments.set)
-    if not config.teachers.cache.path:
-        raise ConfigError("teachers.cache.path is empty; name the store's folder: --set teachers.cache.path=FOLDER")
-    if missing := missing_files(config):
-        raise ConfigError("\n".join(missing))
+def build_store(config: RunConfig, batch: int | None, rows_per_shard: int | None, shard: str | None) -> None:
+    """Builds, or goes on with, this process's part of a config's store. batch: clips at a time."""
     device = _device()
-    batch = arguments.batch or config.batch.micro or DEFAULT_BATCH
-    if arguments.verify:
-        source, _ = build_source(config, device, batch)
-        print(f"{TargetStore(config, source.paths).verify()} rows of {config.teachers.cache.path} are as written")
-        return 0
-    Builder(config, device, batch, arguments.rows_per_shard, *_share(arguments.shard)).run()
-    return 0
+    batch = batch or config.batch.micro or DEFAULT_BATCH
+    Builder(config, device, batch, rows_per_shard, *_share(shard)).run()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "mvd-fast teachers cache",
-        description="Run the teachers once over teachers.cache.views views of every clip and store their features in "
-        "teachers.cache.path. Goes on where an earlier call stopped. Ranks of a launcher share the work.",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON file or name of a recipe, such as vitl")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one value")
-    parser.add_argument("--shard", metavar="I/N", help="this process is number I (from 0) of N that share the work")
-    parser.add_argument("--batch", type=positive, metavar="B", help="clips at a time; default: batch.micro, or 16")
-    parser.add_argument("--rows-per-shard", type=positive, metavar="R", help="default: as many as fill 256 MiB")
-    parser.add_argument("--verify", action="store_true", help="read a complete store against its checksums instead")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser
+def verify_store(config: RunConfig) -> int:
+    """The rows of a complete store, all of them as written; raises UserError where they are not."""
+    source, _ = build_source(config, _device(), DEFAULT_BATCH)
+    return TargetStore(config, source.paths).verify()
 
 
 def _share(option: str | None) -> tuple[int, int]:
