@@ -2,6 +2,10 @@
 
 CUDA runs Triton (or the library that an operator names), the CPU runs the C++ extension, anything else the plain
 PyTorch reference. Where the extension is not built the reference takes over, with one warning that names the cause.
+
+Kernels have a first derivative, and nothing else that torch could see through. Under `torch.func`'s transforms (vmap,
+grad, jvp, ...) and forward-mode AD the reference takes over as well, with one warning. Differentiating a kernel's
+gradient again is refused: nobody knows in the forward pass that it will be asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
@@ -18,12 +22,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mvd_kernels._triton import HAS_TRITON, interpreting
 
 IMPLEMENTATIONS = ("reference", "cpp", "triton", "xformers", "sdpa")
 # The first that an operator has and that can run is taken; after the last comes the reference.
 PREFERENCE = {"cpu": ("cpp", "sdpa"), "cuda": ("triton", "xformers", "sdpa")}
+TRANSFORMED = "torch.func's transforms and forward-mode AD see through plain PyTorch only"
+NO_SECOND = (
+    'the kernels of {} have no second derivative; call it under mvd_kernels.use_impl("reference"), which torch '
+    "differentiates as often as you like"
+)
 BUILD_COMMAND = "pip install -e . --no-build-isolation"
 Dtypes = tuple[torch.dtype, ...]
 
@@ -76,18 +86,23 @@ class Operator:
 
     def name_for(self, like: Tensor) -> str:
         """Name of the implementation that tensors like `like` go to."""
-        return chosen(self.name, like.device.type, like.dtype)
+        return chosen(self.name, like.device.type, like.dtype, transformed())
 
     def runs_reference(self, like: Tensor) -> bool:
         """Whether tensors like `like` go to the reference, which autograd and torch.compile see through."""
         return self.name_for(like) == "reference"
 
-    def choose(self, device: str, dtype: torch.dtype | None) -> tuple[str, str]:
+    def choose(self, device: str, dtype: torch.dtype | None, transformed: bool = False) -> tuple[str, str]:
         """Name of the implementation that runs tensors of `device` (its type) and `dtype` (None: any), and why."""
         if _forced:
-            if problem := self._problem(_forced[-1], device, dtype):
+            problem = self._problem(_forced[-1], device, dtype)
+            if transformed and _forced[-1] != "reference":
+                problem = problem or f'{TRANSFORMED}; run this call under mvd_kernels.use_impl("reference")'
+            if problem:
                 raise ValueError(f"{self.name} cannot run as {_forced[-1]!r} on {device}: {problem}")
             return _forced[-1], "forced by use_impl"
+        if transformed:
+            return "reference", TRANSFORMED
         problems = []
         for name in (name for name in PREFERENCE.get(device, ()) if getattr(self, name)):
             problem = self._problem(name, device, dtype)
@@ -108,15 +123,76 @@ class Operator:
 
 
 @torch.compiler.assume_constant_result
-def chosen(name: str, device: str, dtype: torch.dtype) -> str:
-    """Name of the implementation that operator `name` runs; warns once if kernels that should be there are not."""
+def chosen(name: str, device: str, dtype: torch.dtype, transformed: bool) -> str:
+    """Name of the implementation that operator `name` runs; warns once if kernels that should be there cannot run."""
     operator = _operators[name]
-    implementation, why = operator.choose(device, dtype)
+    implementation, why = operator.choose(device, dtype, transformed)
     if implementation == "reference" and not _forced:
-        missing = [_missing(one, device) for one in PREFERENCE.get(device, ()) if getattr(operator, one)]
-        if missing and all(missing):
+        kernels = [one for one in PREFERENCE.get(device, ()) if getattr(operator, one)]
+        if kernels and (transformed or all(_missing(one, device) for one in kernels)):
             _warn_once(why)
     return implementation
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is in progress."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def has_tangent(x: Tensor | None) -> bool:
+    """Whether x carries a tangent of forward-mode AD."""
+    return x is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are; what they depend on is an input, so that differentiating them again leads here."""
+
+    generate_vmap_rule = True  # for torch.autograd.grad(..., is_grads_batched=True)
+
+    @staticmethod
+    def forward(name: str, gradients: list[Tensor], *depends_on: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_: Tensor | None) -> None:
+        raise ValueError(NO_SECOND.format(ctx.name))
+
+
+def once_differentiable(name: str, backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """The backward of operator `name` for autograd: its gradients refuse to be differentiated themselves.
+
+    `backward(ctx, saved, *grads)` gives the gradients; among `saved` must be all that they depend on, or an output.
+    torch's own `once_differentiable` does not do: it lets gradients pass as constants where the incoming one is.
+    """
+
+    def differentiate(ctx, *grads):
+        saved, incoming = ctx.saved_tensors, flattened(grads)
+        if any(has_tangent(one) for one in incoming):
+            raise ValueError(f"a tangent came to the backward of {name}; {NO_SECOND.format(name)}")
+        with torch.no_grad():
+            gradients = backward(ctx, saved, *grads)
+        if not torch.is_grad_enabled():  # they are not asked for with create_graph=True
+            return gradients
+        found = [one for one in flattened(gradients) if one is not None]
+        marked = iter(_Once.apply(name, found, *saved, *incoming) if found else ())
+
+        def mark(part):
+            if isinstance(part, list):
+                return [mark(one) for one in part]
+            return None if part is None else next(marked)
+
+        return tuple(mark(part) for part in gradients)
+
+    return differentiate
+
+
+def flattened(parts: Sequence[Any]) -> list[Any]:
+    """Parts, and the entries of those that are lists."""
+    return [one for part in parts for one in (part if isinstance(part, list) else [part])]
 
 
 def operators() -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mvd_kernels._dispatch import Operator, autocast_dtype
+from mvd_kernels._dispatch import Operator, autocast_dtype, once_differentiable
 from mvd_kernels._token_rows import describe
 from mvd_kernels._triton import HAS_TRITON, launch, tl, triton
 
@@ -420,8 +420,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(total if branch is not None else x, weight, mean, rstd, scale)
 
 
-def _backward(ctx, grad_sum, grad_normed, _grad_mean, _grad_rstd):
-    total, weight, mean, rstd, scale = ctx.saved_tensors
+def _backward(ctx, saved, grad_sum, grad_normed, _grad_mean, _grad_rstd):
+    total, weight, mean, rstd, scale = saved
     need_x, need_branch, need_weight, need_bias = ctx.needs_input_grad[:4]
     if not ctx.has_branch:
         grad_sum = None
@@ -453,7 +453,7 @@ def _backward(ctx, grad_sum, grad_normed, _grad_mean, _grad_rstd):
     )
 
 
-_add_layer_norm.register_autograd(_backward, setup_context=_setup_context)
+_add_layer_norm.register_autograd(once_differentiable("add_layer_norm", _backward), setup_context=_setup_context)
 
 
 # ---- public ----

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvd_kernels._dispatch import Operator, autocast_dtype
+from mvd_kernels._dispatch import Operator, autocast_dtype, once_differentiable
 from mvd_kernels._token_rows import describe
 
 _CPP = (torch.float32, torch.bfloat16)
@@ -99,11 +99,11 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad: Tensor, _grad_lse):
-    return *_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
+def _backward(ctx, saved: tuple[Tensor, ...], grad: Tensor, _grad_lse):
+    return *_attention_backward(grad, *saved, ctx.scale), None
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+_attention.register_autograd(once_differentiable("attention", _backward), setup_context=_setup_context)
 
 
 # ---- public ----

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvd_kernels._dispatch import Operator, autocast_dtype
+from mvd_kernels._dispatch import Operator, autocast_dtype, once_differentiable
 from mvd_kernels._token_rows import (
     check_index,
     check_pos,
@@ -500,15 +500,15 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.pos_clips = 0 if pos is None else pos.shape[0]
 
 
-def _differentiate(ctx, grad: Tensor):
+def _differentiate(ctx, saved: tuple[Tensor, ...], grad: Tensor):
     needed = list(ctx.needs_input_grad[:4])
-    video, weight, visible_index = ctx.saved_tensors
+    video, weight, visible_index = saved
     found = iter(_embed_backward(grad, video, weight, visible_index, ctx.mean, ctx.std, needed, ctx.pos_clips))
     gradients = [next(found).to(dtype) if one else None for one, dtype in zip(needed, ctx.dtypes, strict=True)]
     return (*gradients, None, None, None)
 
 
-_embed.register_autograd(_differentiate, setup_context=_setup_context)
+_embed.register_autograd(once_differentiable("embed_visible_tubes", _differentiate), setup_context=_setup_context)
 
 
 # ---- public ----

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvd_kernels._dispatch import Operator, autocast_dtype, extension
+from mvd_kernels._dispatch import Operator, autocast_dtype, extension, has_tangent
 from mvd_kernels._token_rows import describe
 from mvd_kernels._triton import HAS_TRITON, autotune, interpreting, launch, tl, triton
 
@@ -404,3 +404,5 @@ def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: 
             "x requires a gradient, which a frozen layer in 8 bits does not give; call it under torch.no_grad() or "
             "pass x.detach()"
         )
+    if has_tangent(x):
+        raise ValueError("x carries a tangent, and linear_8bit has no derivative: it rounds; pass x.detach()")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvd_kernels._dispatch import Operator, autocast_dtype
+from mvd_kernels._dispatch import Operator, autocast_dtype, once_differentiable
 from mvd_kernels._token_rows import describe
 from mvd_kernels._triton import HAS_TRITON, autotune, interpreting, launch, tl, triton
 
@@ -299,21 +299,21 @@ def _fake(x, weight, bias, target, index, beta, normalize, need_x, need_weight, 
 def _setup_context(ctx, inputs, output) -> None:
     bias = inputs[2]
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad: Tensor, *_: Tensor):
+def _backward(ctx, saved: tuple[Tensor, ...], grad: Tensor, *_: Tensor):
     found = [
         part * grad.to(part.dtype) if needed else None
-        for part, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        for part, needed in zip(saved[1:], ctx.needs_input_grad, strict=False)
     ]
     if found[2] is not None:
         found[2] = found[2].to(ctx.bias_dtype)
     return (*found, *[None] * 7)
 
 
-_linear_smooth_l1.register_autograd(_backward, setup_context=_setup_context)
+_linear_smooth_l1.register_autograd(once_differentiable("linear_smooth_l1", _backward), setup_context=_setup_context)
 
 
 # ---- public ----

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvd_kernels._dispatch import Operator, autocast_dtype
+from mvd_kernels._dispatch import Operator, autocast_dtype, once_differentiable
 from mvd_kernels._token_rows import check_index, check_pos, check_vector, describe, sum_rows, sum_rows_by_token
 from mvd_kernels._triton import HAS_TRITON, autotune, launch, tl, triton
 
@@ -266,8 +266,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.tokens = pos[0].shape[1]
 
 
-def _differentiate(ctx, grads: list[Tensor]):
-    x, visible_index, masked_index, *weights = ctx.saved_tensors
+def _differentiate(ctx, saved: tuple[Tensor, ...], grads: list[Tensor]):
+    x, visible_index, masked_index, *weights = saved
     # Without biases their list is empty; the kernels want a flag for each decoder.
     flags = [list(kind) or [False] * len(weights) for kind in ctx.needs_input_grad[1:5]]
     needed = [ctx.needs_input_grad[0], *(flag for kind in flags for flag in kind)]
@@ -280,7 +280,7 @@ def _differentiate(ctx, grads: list[Tensor]):
     return (of_x, *gradients, None, None)
 
 
-_scatter.register_autograd(_differentiate, setup_context=_setup_context)
+_scatter.register_autograd(once_differentiable("scatter_mask_tokens", _differentiate), setup_context=_setup_context)
 
 
 # ---- public ----
