@@ -17,7 +17,7 @@ from mvd_fast.data import images, media
 from mvd_fast.errors import UserError
 from mvd_fast.files import write_text
 
-VERSION = 1
+VERSION = 2  # one more whenever a scan judges files differently
 INLINE_BELOW = 64  # files; starting processes takes longer than scanning these
 AHEAD = 4  # files handed to each process in advance
 

@@ -16,7 +16,7 @@ from mvd_fast.data.sampling import SampleKey
 
 @dataclass(frozen=True)
 class ImageKind:
-    """One crop per image and epoch, decoded by DALI."""
+    """One crop per image and epoch, decoded by DALI where it shows the same pixels as Pillow, else by Pillow."""
 
     crop: crops.Crop
     output: str = "image"
@@ -27,7 +27,7 @@ class ImageKind:
 
     def load(self, data: np.ndarray, facts: images.ImageInfo, key: SampleKey, by_dali: bool) -> Inputs:
         box, flip = self.crop.box(key, facts.width, facts.height), self.crop.flipped(key)
-        if by_dali:
+        if by_dali and facts.is_plain:
             return Inputs.of_encoded(data, np.zeros(1, dtype=np.int32), box, flip)
         return Inputs.of_pixels(images.decode_image(data)[None], box, flip)
 
