@@ -206,7 +206,7 @@ def test_the_key_frame_of_a_whole_video_and_of_a_clip(tmp_path: Path) -> None:
     write_video(tmp_path / "film_vp9.webm", 60)  # 24 frames a second, from second 900
     (tmp_path / "train.csv").write_text("film_vp9,0901,0,0,1,1,1,0\nfilm_vp9,0903,0,0,1,1,1,0\n")
     kind = ava.build(run_of(tmp_path, first_second=900), False)
-    facts = media.probe_video(media.read_bytes(kind.scenes[0].path))
+    facts = media.probe_video(kind.scenes[0].path)
     assert kind.frames(facts, SampleKey(0, 0, 0)).tolist() == list(range(20, 28))
     with pytest.raises(media.BadFile, match=r"no key frame at second 903: it lasts 2\.5 s from second 900"):
         kind.frames(facts, SampleKey(0, 0, 1))

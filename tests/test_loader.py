@@ -96,10 +96,15 @@ def test_worker_processes_deliver_the_same(mixed_list):
 
 KILLED = """
 import os, signal
+from mvd_fast.data.containers import read_bytes
 from mvd_fast.data.sampling import SampleKey
 from mvd_fast.data.source import Readers, Source
+
+class Kind:
+    check = staticmethod(read_bytes)
+
 if __name__ == "__main__":
-    readers = Readers(Source(["nowhere"], None), threads=1, workers=1)
+    readers = Readers(Source(["nowhere"], Kind()), threads=1, workers=1)
     try:
         readers.samples([SampleKey(0, 0, 0)], frozenset())
     except ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 from video_files import loader_of, real_clips, run_config, take, write_list, write_mixed_list, write_video
 
 from mvd_fast.data import media, sampling
+from mvd_fast.data.picture import COLOUR_CONVERSION
 from mvd_fast.data.sampling import SampleKey
 
 KEEP_NEGATIVE = {"avoid_negative_ts": "disabled"}  # of MP4 files: times before zero become an edit list
@@ -24,8 +26,7 @@ def mixed_list(tmp_path_factory) -> Path:
 
 def oracle(config, path, index, epoch=0):
     """The same clip by PyAV, Pillow and NumPy: uint8-rounded resize, then normalised; float32 [3, T, H, W]."""
-    data, key = media.read_bytes(str(path)), SampleKey(config.seed, epoch, index)
-    info = media.probe_video(data)
+    key, info = SampleKey(config.seed, epoch, index), media.probe_video(str(path))
     frames = sampling.random_clip(key, info.frames, config.model.num_frames, config.data.sampling_rate)
     size = config.model.image_size
     draws = key.draws(sampling.Purpose.CROP)
@@ -34,9 +35,9 @@ def oracle(config, path, index, epoch=0):
     else:
         box = sampling.random_resized_box(draws, info.width, info.height, config.data.area)
     method = Image.Resampling.BILINEAR if config.data.crop == "multiscale" else Image.Resampling.BICUBIC
-    with media.av.open(str(path)) as container:
+    with av.open(str(path)) as container:
         decoded = [
-            frame.to_ndarray(format="rgb24", interpolation=media.COLOUR_CONVERSION)
+            frame.to_ndarray(format="rgb24", width=info.width, interpolation=COLOUR_CONVERSION)  # pixels become square
             for frame in container.decode(video=0)
         ]
     corners = (box.x, box.y, box.x + box.width, box.y + box.height)
@@ -83,11 +84,11 @@ def test_frame_kind_shows_single_frames_of_videos(mixed_list):
     assert batch["image"].shape == (10, 3, 32, 32) and batch["mask"].shape == (10, 16)
     files = mixed_list.read_text().splitlines()
     for image, index in zip(batch["image"], batch["index"].tolist(), strict=True):
-        data = media.read_bytes(str(mixed_list.parent / files[index].split()[0]))
-        info = media.probe_video(data)
+        path = str(mixed_list.parent / files[index].split()[0])
+        info = media.probe_video(path)
         number = sampling.random_frame(SampleKey(0, 0, index), info.frames)
         box = sampling.center_box(info.width, info.height)
-        frame = media.decode_frames(data, number, info)[0][box.y :, box.x :][: box.height, : box.width]
+        frame = media.decode_frames(path, number, info)[0][box.y :, box.x :][: box.height, : box.width]
         expected = normalised(np.asarray(Image.fromarray(frame).resize((32, 32), Image.Resampling.BILINEAR)), config)
         off = levels(image - expected.permute(2, 0, 1), config)
         assert off.mean() < 0.5 and off.max() < 24
@@ -160,24 +161,24 @@ def test_dali_and_pyav_decode_the_same_colours(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", ["vp9.webm", "vp8.webm", "mjpeg.avi"])
 def test_a_late_clip_is_cut_out_of_its_file_without_loss(tmp_path, ending):
-    data = media.read_bytes(str(write_video(tmp_path / f"long_{ending}", 60, gop=10)))
-    info = media.probe_video(data)
+    whole, part = str(write_video(tmp_path / f"long_{ending}", 60, gop=10)), tmp_path / "part.mkv"
+    info = media.probe_video(whole)
     wanted = np.array([33, 37, 41, 41], dtype=np.int32)
-    part, indices = media.trimmed(data, wanted, info)
-    key = 33 if ending == "mjpeg.avi" else 30
-    assert indices.tolist() == (wanted - key).tolist() and indices.dtype == np.int32
-    assert media.probe_video(part).frames == 42 - key and part.size < data.size / 2
-    found = media.decode_frames(part, indices, media.probe_video(part))
-    assert np.array_equal(found, media.decode_frames(data, wanted, info))
-    assert media.trimmed(data, np.array([0, 4]), info)[0] is data
+    copied, indices = media.excerpt(whole, wanted, info)
+    part.write_bytes(copied.tobytes())
+    begins = 33 if ending == "mjpeg.avi" else 30
+    assert indices.tolist() == (wanted - begins).tolist() and indices.dtype == np.int32
+    cut = media.probe_video(str(part))
+    assert cut.frames == 42 - begins and copied.size < Path(whole).stat().st_size / 2
+    assert np.array_equal(media.decode_frames(str(part), indices, cut), media.decode_frames(whole, wanted, info))
 
 
 def test_frames_that_an_edit_list_drops_do_not_count(tmp_path):
     """Videos cut without re-encoding start at a key frame before the cut; players skip what lies between."""
     whole = write_video(tmp_path / "whole_h264.mp4", 40, gop=10)
     with (
-        media.av.open(str(whole)) as source,
-        media.av.open(str(tmp_path / "cut.mp4"), "w", options=KEEP_NEGATIVE) as cut,
+        av.open(str(whole)) as source,
+        av.open(str(tmp_path / "cut.mp4"), "w", options=KEEP_NEGATIVE) as cut,
     ):
         stream = source.streams.video[0]
         copy = cut.add_stream_from_template(stream)
@@ -186,9 +187,9 @@ def test_frames_that_an_edit_list_drops_do_not_count(tmp_path):
             if packet.size:
                 packet.pts, packet.dts, packet.stream = packet.pts - 5 * frame, packet.dts - 5 * frame, copy
                 cut.mux(packet)
-    data, everything = media.read_bytes(str(tmp_path / "cut.mp4")), media.read_bytes(str(whole))
-    info = media.probe_video(data)
+    part, everything = str(tmp_path / "cut.mp4"), str(whole)
+    info = media.probe_video(part)
     assert info.frames == 35
     wanted = np.array([0, 3, 20, 34])
     expected = media.decode_frames(everything, wanted + 5, media.probe_video(everything))
-    assert np.array_equal(media.decode_frames(data, wanted, info), expected)
+    assert np.array_equal(media.decode_frames(part, wanted, info), expected)

@@ -93,17 +93,14 @@ def advise(files: list[FileFacts]) -> list[str]:
 
 
 def _codec_advice(videos: list[FileFacts]) -> list[str]:
-    slow = [
-        facts
-        for facts in videos
-        if facts.codec not in media.DALI_CPU_CODECS or facts.pixel_format not in media.PLAIN_FORMATS
-    ]
+    slow = [facts for facts in videos if not facts.by_dali]
     if not slow:
         return []
     names = ", ".join(sorted({f"{facts.codec} {facts.pixel_format}".strip() for facts in slow}))
     return [
-        f"{len(slow)} of {len(videos)} videos ({names}) are outside DALI's CPU decoder (VP8, VP9, MJPEG in 8-bit 4:2:0 "
-        "or 4:2:2): training on a CPU decodes them with PyAV. On a GPU, NVDEC takes H.264, HEVC, VP9 and AV1"
+        f"{len(slow)} of {len(videos)} videos ({names}) are not what DALI's CPU decoder shows rightly (VP8, VP9, MJPEG "
+        "in 8-bit 4:2:0 or 4:2:2, BT.601, upright, without hidden frames): training on a CPU decodes them with PyAV. "
+        "On a GPU, NVDEC takes H.264, HEVC, VP9 and AV1 with such colours"
     ]
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from mvd_fast.data import images, media
+from mvd_fast.data.containers import BadFile, read_bytes
 from mvd_fast.errors import UserError
 from mvd_fast.files import write_text
 
-VERSION = 2  # one more whenever a scan judges files differently
+VERSION = 3  # one more whenever a scan judges files differently
 INLINE_BELOW = 64  # files; starting processes takes longer than scanning these
 AHEAD = 4  # files handed to each process in advance
 
@@ -36,28 +37,26 @@ class FileFacts:
     codec: str = ""
     pixel_format: str = ""
     key_every: float = 0.0
+    is_video: bool = False
+    by_dali: bool = False  # whether DALI's CPU decoder shows it as it is shown
     decoded: bool = False  # whether every frame was decoded, too
-
-    @property
-    def is_video(self) -> bool:
-        return self.frames > 0 and self.fps > 0
 
 
 def scan_file(path: str, decode: bool = False) -> FileFacts:
     """Look at one file; never raises for what is wrong with it. `decode`: also decode every frame."""
     size, mtime_ns = stamp(path)
     try:
-        data = media.read_bytes(path)
         if path.lower().endswith(images.IMAGE_EXTENSIONS):
-            return _image_facts(size, mtime_ns, data, decode)
-        info = media.probe_video(data)
+            return _image_facts(size, mtime_ns, read_bytes(path), decode)
+        info = media.probe_video(path)
         if decode:
-            media.require_decodable(data, info)
-    except media.BadFile as error:
+            media.require_decodable(path, info)
+    except BadFile as error:
         return FileFacts(size, mtime_ns, error=str(error), decoded=decode)
     return FileFacts(
         size,
         mtime_ns,
+        is_video=True,
         frames=info.frames,
         fps=info.fps,
         width=info.width,
@@ -65,6 +64,7 @@ def scan_file(path: str, decode: bool = False) -> FileFacts:
         codec=info.codec,
         pixel_format=info.pixel_format,
         key_every=info.key_every,
+        by_dali=info.suits_dali(media.DALI_CPU_CODECS),
         decoded=decode,
     )
 

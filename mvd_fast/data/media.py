@@ -1,249 +1,440 @@
-"""What a file is, and its frames: all that touches containers and codecs of videos outside DALI (PyAV)."""
+"""A video file's facts and its frames, decoded outside DALI.
+
+Frame i is the i-th frame that a decoder shows which gets every packet of the file in order, as the `ffmpeg` command
+does. Where the packets' own bits settle which frames they show (mvd_fast.data.packets), decoding begins at the entry
+nearest to the wanted frames and counts from there; where they do not, files are counted by decoding them once, and
+every clip is decoded from the file's start.
+"""
 
 from __future__ import annotations
 
 import io
 import itertools
 import sys
+from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
+from av.video.reformatter import VideoReformatter
 
-from mvd_fast.errors import UserError
+from mvd_fast.data import packets
+from mvd_fast.data.containers import VIDEO_EXTENSIONS, BadFile, demuxed, opened, video_stream
+from mvd_fast.data.picture import Presentation, UnknownPicture, is_plain, presentation
+
+__all__ = [
+    "DALI_CPU_CODECS",
+    "DALI_GPU_CODECS",
+    "VIDEO_EXTENSIONS",
+    "BadFile",
+    "VideoInfo",
+    "decode_frames",
+    "excerpt",
+    "probe_video",
+    "require_decodable",
+]
 
 DALI_CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})  # others need NVDEC or PyAV
-DALI_GPU_CODECS = DALI_CPU_CODECS | {"h264", "hevc", "av1", "mpeg4"}
-PLAIN_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuvj422p", "yuv422p"})  # 8-bit; the rest goes through PyAV
+DALI_GPU_CODECS = DALI_CPU_CODECS | {"h264", "hevc", "av1"}
 
-VIDEO_EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp")
-
-# libswscale's SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND: with them PyAV's colours equal DALI's CPU decoder bit for bit.
-# Without them chroma is upsampled to the nearest pixel, and edges of saturated colours are off by up to a third.
-COLOUR_CONVERSION = Interpolation.BILINEAR | 0x2000 | 0x40000
+# Formats without presentation times; what FFmpeg gives out as such is made up.
+CLOCKLESS = frozenset({"avi", "h264", "hevc", "obu", "m4v", "mpegvideo", "mjpeg", "rawvideo"})
 
 MISSING_SHARE = 0.05  # of the promised duration or frames; containers round, so less than that is no truncation
 MISSING_FRAMES = 2
+ENTRIES_APART = 12  # frames; closer entries gain little and take memory for every file of a run
+
+# An entry: the first frame it shows, its place among the stream's packets, and what it is recognised by after a seek.
+ENTRY = np.dtype([("frame", "i4"), ("packet", "i4"), ("pts", "i8"), ("dts", "i8"), ("pos", "i8"), ("size", "i8")])
+UNKNOWN = -(2**63)  # in place of a missing pts, dts or pos
 
 
-class BadFile(UserError):
-    """A file that cannot be used; the message is the reason, without the path."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class VideoInfo:
-    """Facts of a video file, from its container alone (nothing is decoded)."""
+    """Facts of a video file. `width`, `height`: as shown, upright and with square pixels.
+
+    fps: frames a second on average, 0 where unknown. key_frames: how many frames decoding may begin at.
+    is_certain: the packets settle which frames they show; else decoding always begins at the file's start.
+    is_steady: besides, every packet shows one frame, at a time of its own. in_order: and in the order of the file.
+    is_plain: no turn, no stretching, one size, and colours that DALI's decoder shows rightly.
+    times: float64 [frames], each frame's second, where the frame rate varies. start: the first frame's second; None
+    where the file has no clock, or one that is set back.
+    """
 
     frames: int
     fps: float
-    width: int
-    height: int
     codec: str
     pixel_format: str
+    shown: Presentation
+    entries: np.ndarray
     key_frames: int
+    is_certain: bool
+    is_steady: bool
+    in_order: bool
+    is_plain: bool
+    start: float | None
+    times: np.ndarray | None
+
+    @property
+    def width(self) -> int:
+        return self.shown.size[0]
+
+    @property
+    def height(self) -> int:
+        return self.shown.size[1]
 
     @property
     def key_every(self) -> float:
-        """Mean distance between key frames, in frames."""
+        """Mean distance between the frames that decoding may begin at."""
         return self.frames / max(1, self.key_frames)
 
+    def suits_dali(self, codecs: frozenset[str]) -> bool:
+        """Whether DALI's decoder for these codecs shows this file as it is shown here."""
+        return self.codec in codecs and self.is_plain and self.is_steady
 
-def read_bytes(path: str) -> np.ndarray:
-    """The file as uint8 [size]. Raises BadFile when it cannot be read or is empty."""
-    try:
-        data = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise BadFile(f"cannot be read: {error.strerror or error}") from error
-    if data.size == 0:
-        raise BadFile("is empty (0 bytes)")
-    return data
+    def entry_before(self, frame: int) -> np.void:
+        """The last entry at or before a frame."""
+        return self.entries[max(0, int(np.searchsorted(self.entries["frame"], frame, side="right")) - 1)]
+
+    def frame_at(self, second: float) -> int | None:
+        """The frame at a second of the file, by the frames' own times; None beyond its ends or without a clock."""
+        if self.times is not None:
+            number = int(np.abs(self.times - second).argmin())
+            return number if abs(self.times[number] - second) <= np.diff(self.times).max() else None
+        if self.start is None or not self.fps:
+            return None
+        number = round((second - self.start) * self.fps)
+        return number if 0 <= number < self.frames else None
+
+    @property
+    def length(self) -> str:
+        """How long it lasts, in words."""
+        if self.start is None or not self.fps:
+            return "has no clock, or one that is set back"
+        return f"lasts {self.frames / self.fps:.1f} s"
 
 
-def probe_video(data: np.ndarray) -> VideoInfo:
-    """Facts of an encoded video, uint8 [size]. Raises BadFile: not a video, no frames, truncated or damaged."""
-    with _opened(data) as container:
-        stream = _video_stream(container)
-        everything = _demux(container)
-        packets = [packet for packet in everything if packet.stream_index == stream.index]
-        if not packets:
+def probe_video(path: str) -> VideoInfo:
+    """Facts of a video file: every packet is looked at, and the first frame is decoded.
+
+    Where the packets do not settle which frames they show, every frame is decoded, to count them.
+    Raises BadFile: not a video, no frames, truncated or damaged.
+    """
+    with opened(path) as container:
+        scan = _Scan(container)
+        for packet in demuxed(container):
+            scan.add(packet)
+        scan.finish()
+        return scan.info(scan.shown_times() if scan.is_certain else _decoded_times(path))
+
+
+@dataclass
+class _Scan:
+    """What the packets of a file add up to."""
+
+    container: av.container.InputContainer
+    packets: int = 0
+    shown: int = 0  # frames, by the packets
+    steady: bool = True
+    in_order: bool = True
+    first: av.VideoFrame | None = None
+    entries: list[tuple[int, ...]] = field(default_factory=list)
+    key_frames: int = 0
+    times: list[int | None] = field(default_factory=list)
+    pictures: set[tuple[int, ...]] = field(default_factory=set)
+    end: float = 0.0  # seconds, over all streams
+    last: int | None = None  # dts
+    tick: Fraction = Fraction(0)  # seconds of a unit of time stamps
+
+    def __post_init__(self) -> None:
+        self.stream = video_stream(self.container)
+        self.context = self.stream.codec_context
+        self.codec = self.context.codec
+        self.reader = packets.reader(self.codec.canonical_name, self.context.extradata, self.codec.intra_only)
+        self.is_certain = self.reader is not None
+        self.has_clock = self.container.format.name not in CLOCKLESS
+        # Without a clock times are made up in the file's order, whatever the order of showing.
+        self.in_order = self.has_clock or self.codec.canonical_name not in ("h264", "hevc")
+
+    def add(self, packet: av.Packet) -> None:
+        if packet.pts is not None:
+            self.end = max(self.end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index != self.stream.index:
+            return
+        if self.first is None:
+            with suppress(av.FFmpegError):  # before the first key frame
+                self.first = next(iter(self.context.decode(packet)), None)
+        if self.is_certain:
+            self._look(packet)
+        if packet.dts is not None:
+            self.has_clock = self.has_clock and (self.last is None or packet.dts >= self.last)
+            self.last = packet.dts
+        self.tick = packet.time_base
+        self.packets += 1
+
+    def _look(self, packet: av.Packet) -> None:
+        try:
+            found = self.reader.look(memoryview(packet))
+        except IndexError:  # shorter than what it says it holds
+            found = packets.Shown(0)
+            self.is_certain = False
+        frames = 0 if packet.is_discard else found.frames
+        self.steady = self.steady and frames == 1 and not found.leading
+        self.in_order = self.in_order and packet.pts is not None and (not self.times or packet.pts > self.times[-1])
+        if found.entry:
+            self._enter(packet)
+        elif found.leading and self.entries and frames:  # shown before the entry, which they follow in the file
+            self.entries[-1] = (self.entries[-1][0] + frames, *self.entries[-1][1:])
+        self.is_certain = self.reader.is_certain and bool(self.entries) and not packet.has_sidedata("new_extradata")
+        self.times += [packet.pts] * frames
+        self.shown += frames
+        self.pictures |= {found.picture} if found.picture else set()
+
+    def _enter(self, packet: av.Packet) -> None:
+        self.key_frames += 1
+        known = (UNKNOWN if value is None else value for value in (packet.pts, packet.dts, packet.pos))
+        entry = (self.shown, self.packets, *known, packet.size)
+        if len(self.entries) > 1 and self.shown - self.entries[-2][0] < ENTRIES_APART:
+            self.entries.pop()  # the one between is passed over; the last one stays, as its leading frames follow
+        self.entries.append(entry)
+
+    def finish(self) -> None:
+        """Raises BadFile where the file has no frames, or clearly less than its header promises."""
+        if not self.packets:
             raise BadFile("has a video stream but no frames")
-        damaged = sum(packet.is_corrupt for packet in packets)
-        if damaged:
-            raise BadFile(f"is damaged: {damaged} of {len(packets)} packets are incomplete")
-        _require_complete(container, everything)
-        context = stream.codec_context
-        if not context.width or not context.height:
-            raise BadFile("has a video stream without a picture size")
+        self._require_complete()
+        if self.first is None:
+            with suppress(av.FFmpegError):
+                self.first = next(iter(self.context.decode(None)), None)
+        if self.first is None:
+            raise BadFile("has no frame that can be decoded")
+        self.is_certain = self.is_certain and self.shown > 0
+        self.has_clock = self.has_clock and None not in self.times and len(set(self.times)) == len(self.times)
+
+    def _require_complete(self) -> None:
+        rate, duration, start = self.stream.average_rate, self.container.duration, self.container.start_time or 0
+        frames = self.packets
+        if rate and self.last is not None:  # packets of frames that only repeat may be left out of the file
+            frames = max(frames, round((self.last * self.tick - Fraction(start, av.time_base)) * rate) + 1)
+        if self.stream.frames - frames > max(MISSING_FRAMES, MISSING_SHARE * self.stream.frames):
+            raise BadFile(f"is truncated: {frames} frames of the {self.stream.frames} its header promises")
+        if not duration or not rate or not self.end:
+            return
+        promised, there = duration / av.time_base, self.end - min(0.0, start / av.time_base)
+        if promised - there > max(MISSING_FRAMES / float(rate), MISSING_SHARE * promised):
+            raise BadFile(f"is truncated: {there:.2f} s of the {promised:.2f} s its header promises")
+
+    def shown_times(self) -> list[float | None]:
+        """Of every frame, in seconds, as they are shown."""
+        if not self.has_clock:
+            return [None] * self.shown
+        return [float(time * self.tick) for time in sorted(self.times)]
+
+    def info(self, times: list[float | None]) -> VideoInfo:
+        frame, stream = self.first, self.stream
+        try:
+            shown = presentation(frame, stream.sample_aspect_ratio)
+            shown.rgb(frame, VideoReformatter())
+        except UnknownPicture as error:
+            raise BadFile(str(error)) from error
+        if not times:
+            raise BadFile("has no frame that can be decoded")
+        fps, start, own = self._clock(times)
+        certain = self.is_certain
+        begin = (0, 0, UNKNOWN, UNKNOWN, UNKNOWN, 0)
+        is_whole = shown.scaled == (frame.width, frame.height) and not shown.turns and len(self.pictures) <= 1
         return VideoInfo(
-            frames=len(_shown(packets)),
-            fps=float(stream.average_rate or 0.0),
-            width=context.width,
-            height=context.height,
-            codec=sys.intern(context.codec.canonical_name),
-            pixel_format=sys.intern(context.pix_fmt or ""),
-            key_frames=sum(packet.is_keyframe for packet in packets),
+            frames=len(times),
+            fps=fps,
+            codec=sys.intern(self.codec.canonical_name),
+            pixel_format=sys.intern(frame.format.name),
+            shown=shown,
+            entries=np.array(self.entries if certain else [begin], dtype=ENTRY),
+            key_frames=self.key_frames if certain else 1,
+            is_certain=certain,
+            is_steady=certain and self.steady and (self.has_clock or self.in_order),
+            in_order=self.in_order,
+            is_plain=is_whole and is_plain(frame),
+            start=start,
+            times=own,
         )
 
+    def _clock(self, times: list[float | None]) -> tuple[float, float | None, np.ndarray | None]:
+        """Frames a second, the first frame's second, and every frame's where the rate varies."""
+        rate = float(self.stream.average_rate or 0.0)
+        if self.container.format.name in CLOCKLESS:
+            return rate, 0.0 if rate else None, None
+        if None in times or any(late >= after for late, after in itertools.pairwise(times)):
+            return rate, None, None
+        seconds = np.array(times) - (self.container.start_time or 0) / av.time_base
+        if not rate and len(times) > 1:
+            rate = round((len(times) - 1) / (seconds[-1] - seconds[0]), 6)
+        even = seconds[0] + np.arange(len(times)) / rate if rate else seconds
+        varies = bool(np.abs(seconds - even).max() > 0.5 / rate) if rate else False
+        return rate, float(seconds[0]), seconds if varies else None
 
-def decode_frames(data: np.ndarray, indices: np.ndarray, info: VideoInfo) -> np.ndarray:
-    """Frames `indices` (any order, repeats allowed) of an encoded video as RGB: uint8 [T, H, W, 3].
 
-    Decoding starts at the last key frame before the first wanted frame. Colours equal DALI's CPU decoder's.
-    Raises BadFile when a wanted frame cannot be decoded.
+def _decoded_times(path: str) -> list[float | None]:
+    """Seconds of all frames, by decoding every one."""
+    with opened(path) as container:
+        stream = video_stream(container)
+        tick = stream.time_base
+        frames = _shown(stream, demuxed(container, stream), may_begin_late=True)
+        return [None if frame.pts is None or tick is None else float(frame.pts * tick) for frame, _ in frames]
+
+
+def decode_frames(path: str, indices: np.ndarray, info: VideoInfo) -> np.ndarray:
+    """Frames `indices` (any order, repeats allowed) of a video as shown: RGB uint8 [T, H, W, 3].
+
+    `info` is `probe_video`'s. Raises BadFile when a wanted frame cannot be decoded, or is damaged.
     """
     wanted = {int(index) for index in indices}
-    found = _decode(data, wanted, info, from_key_frame=True)
-    if len(found) < len(wanted):  # odd timestamps, or a key frame that is none: count frames from the start
-        found = _decode(data, wanted, info, from_key_frame=False)
+    if wanted and not 0 <= min(wanted) <= max(wanted) < info.frames:
+        beyond = max(wanted) if max(wanted) >= info.frames else min(wanted)
+        raise BadFile(f"has no frame {beyond}: it has {info.frames}, from 0 to {info.frames - 1}")
+    found = _decode(path, wanted, info) if wanted else {}
     if len(found) < len(wanted):
-        missing = min(wanted - found.keys())
-        raise BadFile(f"frame {missing} of {info.frames} cannot be decoded")
+        raise BadFile(f"frame {min(wanted - found.keys())} of {info.frames} cannot be decoded")
+    if not wanted:
+        return np.zeros((0, info.height, info.width, 3), dtype=np.uint8)
     return np.stack([found[int(index)] for index in indices])
 
 
-def trimmed(data: np.ndarray, indices: np.ndarray, info: VideoInfo) -> tuple[np.ndarray, np.ndarray]:
-    """Only the part of an encoded video that frames `indices` need, copied without decoding.
+def _decode(path: str, wanted: set[int], info: VideoInfo) -> dict[int, np.ndarray]:
+    """The wanted frames that can be decoded: frame index -> uint8 [H, W, 3]."""
+    found: dict[int, np.ndarray] = {}
+    entry, converter, last = info.entry_before(min(wanted)), VideoReformatter(), max(wanted)
+    with _entered(path, entry) as (stream, following):
+        clock: list[int] = []  # of the packets so far
+        if info.is_steady:
+            following = _timed(following, clock)
+        frames = _shown(stream, following, may_begin_late=not info.is_certain)
+        for count, (frame, is_damaged) in enumerate(frames):
+            number = int(entry["frame"]) + count
+            is_misplaced = info.is_steady and len(clock) > count and frame.pts != clock[count]
+            if info.is_certain and (is_damaged or is_misplaced):
+                break  # a frame may be missing, and the count be wrong
+            if number in wanted and not is_damaged:
+                try:
+                    found[number] = info.shown.rgb(frame, converter)
+                except UnknownPicture as error:
+                    raise BadFile(str(error)) from error
+            if number >= last:
+                break
+    return found
 
-    Returns (uint8 [bytes], int32 [T]): from the last key frame before the first wanted frame to the last wanted one,
-    and the indices counted from there. DALI 2.4 decodes every frame from the start of the file to the last wanted one,
-    so a clip late in a video is several times cheaper this way. Returns its arguments where there is nothing to cut
-    off, or where packets are not in display order.
+
+def _timed(following: Iterator[av.Packet], clock: list[int]) -> Iterator[av.Packet]:
+    """The packets; `clock` keeps their times in ascending order."""
+    for packet in following:
+        if packet.pts is not None:
+            insort(clock, packet.pts)
+        yield packet
+
+
+def _shown(
+    stream: av.VideoStream, following: Iterator[av.Packet], may_begin_late: bool
+) -> Iterator[tuple[av.VideoFrame, bool]]:
+    """Frames as the decoder shows them, and whether each is damaged: by its own word, or as something before it, since
+    the last key frame, could not be decoded.
+
+    may_begin_late: what cannot be decoded before the first frame damages nothing (a recording that begins between two
+    key frames).
     """
-    if info.key_frames <= 1:
-        return data, indices
-    with _opened(data) as container:
-        stream = _video_stream(container)
-        packets = _demux(container, stream)
-        times = [packet.pts for packet in packets]
-        first, last = int(indices.min()), int(indices.max())
-        ordered = None not in times and all(time < after for time, after in itertools.pairwise(times))
-        ordered = ordered and len(_shown(packets)) == len(packets)
-        start = max((i for i, packet in enumerate(packets[: first + 1]) if packet.is_keyframe), default=0)
-        if start == 0 or not ordered:
-            return data, indices
-        return _copied(stream, packets[start : last + 1]), indices - np.int32(start)
+    is_damaged, has_begun = False, not may_begin_late
+    for packet in itertools.chain(following, (None,)):
+        try:
+            frames = stream.codec_context.decode(packet)
+        except av.FFmpegError:
+            is_damaged = has_begun
+            continue
+        for frame in frames:
+            is_damaged, has_begun = is_damaged and not frame.key_frame, True
+            yield frame, is_damaged or frame.is_corrupt
 
 
-def _copied(stream: av.VideoStream, packets: list[av.Packet]) -> np.ndarray:
-    """A Matroska file, uint8 [bytes], of these packets of a stream."""
-    written, origin = io.BytesIO(), packets[0].pts
+@contextmanager
+def _entered(path: str, entry: np.void) -> Iterator[tuple[av.VideoStream, Iterator[av.Packet]]]:
+    """The stream, and its packets from an entry on."""
+    with opened(path) as container:
+        stream = video_stream(container)
+        following = demuxed(container, stream) if not entry["packet"] else _sought(container, stream, entry)
+        if following is not None:
+            yield stream, following
+            return
+    with opened(path) as container:  # the container's own index does not lead there
+        stream = video_stream(container)
+        yield stream, itertools.islice(demuxed(container, stream), int(entry["packet"]), None)
+
+
+def _sought(
+    container: av.container.InputContainer, stream: av.VideoStream, entry: np.void
+) -> Iterator[av.Packet] | None:
+    """The packets from an entry on by a seek, which may end anywhere: the entry is recognised, or None."""
+    target = int(entry["dts"] if entry["dts"] != UNKNOWN else entry["pts"])
+    if target == UNKNOWN:
+        return None
+    try:
+        container.seek(target, stream=stream)
+    except av.FFmpegError:
+        return None
+    following = demuxed(container, stream)
+    for packet in following:
+        known = (UNKNOWN if value is None else value for value in (packet.pts, packet.dts, packet.pos))
+        if tuple(entry)[2:] == (*known, packet.size):
+            return itertools.chain((packet,), following)
+        if packet.dts is not None and packet.dts > target:
+            return None
+    return None
+
+
+def excerpt(path: str, indices: np.ndarray, info: VideoInfo) -> tuple[np.ndarray, np.ndarray]:
+    """The part of a video that frames `indices` need, copied without decoding, for a decoder of DALI that it suits.
+
+    Returns (a Matroska file, uint8 [bytes]; int32 [T], the indices counted from its first frame). It goes from the last
+    entry before the first wanted frame to the last wanted one; where frames are not shown in the file's order, to the
+    entry after it. DALI decodes every frame up to the last wanted one, and takes time stamps for the order.
+    """
+    first, last = int(indices.min()), int(indices.max())
+    entry = info.entry_before(first)
+    after = info.entries["packet"][info.entries["frame"] > last]
+    if info.in_order:
+        stop = last - int(entry["frame"]) + 1
+    else:
+        stop = int(after[0] - entry["packet"]) if len(after) else None
+    with _entered(path, entry) as (stream, following):
+        copied = _copied(stream, itertools.islice(following, stop), info.in_order)
+    return copied, (indices - entry["frame"]).astype(np.int32)
+
+
+def _copied(stream: av.VideoStream, following: Iterator[av.Packet], in_order: bool) -> np.ndarray:
+    """A Matroska file, uint8 [bytes], of these packets; in order, they get times at equal distances."""
+    written = io.BytesIO()
     with av.open(written, mode="w", format="matroska") as container:
         copy = container.add_stream_from_template(stream)
-        for packet in packets:
-            packet.pts = packet.dts = packet.pts - origin
+        for number, packet in enumerate(following):
+            if in_order:
+                packet.time_base = Fraction(1, 25)
+                packet.pts, packet.dts, packet.duration = number, number, 1
             packet.stream = copy
             container.mux(packet)
     return np.frombuffer(written.getbuffer(), dtype=np.uint8)
 
 
-def require_decodable(data: np.ndarray, info: VideoInfo) -> None:
-    """Decode the whole video, keeping nothing. Raises BadFile at the first frame that fails."""
+def require_decodable(path: str, info: VideoInfo) -> None:
+    """Decode the whole video as training would meet it, keeping nothing. Raises BadFile at the first damage."""
     count = 0
-    with _opened(data) as container:
-        stream = _video_stream(container)
-        try:
-            for frame in _frames(stream, _demux(container, stream)):
-                if frame.is_corrupt:
-                    break
-                count += 1
-        except av.FFmpegError:
-            pass  # the count tells
+    with opened(path) as container:
+        stream = video_stream(container)
+        for frame, is_damaged in _shown(stream, demuxed(container, stream), may_begin_late=not info.is_certain):
+            if is_damaged:
+                raise BadFile(f"frame {count} of {info.frames} is damaged")
+            del frame
+            count += 1
     if count < info.frames:
         raise BadFile(f"only {count} of its {info.frames} frames can be decoded")
-
-
-def _opened(data: np.ndarray) -> av.container.InputContainer:
-    try:
-        return av.open(io.BytesIO(data), mode="r", metadata_errors="ignore")
-    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
-        raise BadFile(f"is not a readable video ({_reason(error)})") from error
-
-
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    kinds = sorted({stream.type for stream in container.streams})
-    if not kinds:
-        raise BadFile("is not a readable video (no streams found in it)")
-    stream = container.streams.best("video")
-    if stream is None:
-        raise BadFile(f"has no video stream (only {', '.join(kinds)})")
-    if stream.codec_context is None:
-        raise BadFile("has a video stream in an unknown codec")
-    stream.codec_context.thread_count = 1  # several files are handled at once instead
-    return stream
-
-
-def _demux(container: av.container.InputContainer, *streams: av.VideoStream) -> list[av.Packet]:
-    """All packets, of these streams or of every one; nothing is decoded."""
-    packets: list[av.Packet] = []
-    try:
-        packets.extend(packet for packet in container.demux(*streams) if packet.size)
-    except (av.FFmpegError, IndexError) as error:
-        raise BadFile(f"is damaged after {len(packets)} packets ({_reason(error)})") from error
-    return packets
-
-
-def _require_complete(container: av.container.InputContainer, packets: list[av.Packet]) -> None:
-    """Raise BadFile when clearly less is there than the header promises. `packets` are those of every stream."""
-    stream = _video_stream(container)
-    frames = sum(packet.stream_index == stream.index for packet in packets)
-    if stream.frames - frames > max(MISSING_FRAMES, MISSING_SHARE * stream.frames):
-        raise BadFile(f"is truncated: {frames} frames of the {stream.frames} its header promises")
-    timed = [packet for packet in packets if packet.pts is not None]
-    if not container.duration or not stream.average_rate or not timed:
-        return
-    promised = container.duration / av.time_base
-    end = max(float((packet.pts + (packet.duration or 0)) * packet.time_base) for packet in timed)
-    there = end - min(0.0, (container.start_time or 0) / av.time_base)
-    if promised - there > max(MISSING_FRAMES / float(stream.average_rate), MISSING_SHARE * promised):
-        raise BadFile(f"is truncated: {there:.2f} s of the {promised:.2f} s its header promises")
-
-
-def _shown(packets: list[av.Packet]) -> list[av.Packet]:
-    """The packets that become frames: an edit list may drop the first ones after decoding."""
-    return [packet for packet in packets if not packet.is_discard]
-
-
-def _decode(data: np.ndarray, wanted: set[int], info: VideoInfo, from_key_frame: bool) -> dict[int, np.ndarray]:
-    """The wanted frames that can be decoded: frame index -> uint8 [H, W, 3]."""
-    found: dict[int, np.ndarray] = {}
-    with _opened(data) as container:
-        stream = _video_stream(container)
-        packets = _demux(container, stream)
-        start, index_of = _entry_point(packets, min(wanted)) if from_key_frame else (0, None)
-        try:
-            for count, frame in enumerate(_frames(stream, packets[start:])):
-                index = count if index_of is None else index_of.get(frame.pts)
-                if index in wanted and not frame.is_corrupt:
-                    found[index] = _rgb(frame, info)
-                    if len(found) == len(wanted):
-                        break
-        except av.FFmpegError:
-            pass  # what is missing is named by the caller
-    return found
-
-
-def _entry_point(packets: list[av.Packet], first_wanted: int) -> tuple[int, dict[int, int] | None]:
-    """The packet to start decoding at, and the map from timestamp to frame index (None: count frames from packet 0)."""
-    times = [packet.pts for packet in _shown(packets)]
-    if None in times or len(set(times)) < len(times):
-        return 0, None
-    order = sorted(times)
-    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe and (packet.pts or 0) <= order[first_wanted]]
-    return max(keys, default=0), {time: index for index, time in enumerate(order)}
-
-
-def _frames(stream: av.VideoStream, packets: list[av.Packet]) -> Iterator[av.VideoFrame]:
-    """Frames in display order."""
-    for packet in packets:
-        yield from stream.codec_context.decode(packet)
-    yield from stream.codec_context.decode(None)
-
-
-def _rgb(frame: av.VideoFrame, info: VideoInfo) -> np.ndarray:
-    return frame.to_ndarray(format="rgb24", width=info.width, height=info.height, interpolation=COLOUR_CONVERSION)
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).lower()
+    if count > info.frames:
+        raise BadFile(f"has {count} frames, more than the {info.frames} of its packets: re-encode it")

@@ -131,15 +131,14 @@ class Source:
         verdict = self._verdicts.get(path)
         if isinstance(verdict, str):
             raise media.BadFile(verdict)
-        data = media.read_bytes(path)
-        facts = verdict or self._check(path, data)
+        facts = verdict or self._check(path)
         extra = self.kind.annotate(facts.width, facts.height, key) if isinstance(self.kind, Annotated) else None
-        return self.kind.load(data, facts, key, by_dali), extra
+        return self.kind.load(path, facts, key, by_dali), extra
 
-    def _check(self, path: str, data: np.ndarray) -> Any:
+    def _check(self, path: str) -> Any:
         """Look at a file for the first time; the verdict is kept."""
         try:
-            self._verdicts[path] = self.kind.check(data)
+            self._verdicts[path] = self.kind.check(path)
         except media.BadFile as error:
             self._verdicts[path] = str(error)
             raise

@@ -44,8 +44,8 @@ class ViewKind(VideoKind):
 
     views: int = 1
 
-    def load_views(self, data: np.ndarray, facts: media.VideoInfo, number: int) -> list[Inputs]:
-        return [self.load(data, facts, SampleKey(0, view, number), by_dali=False) for view in range(self.views)]
+    def load_views(self, path: str, facts: media.VideoInfo, number: int) -> list[Inputs]:
+        return [self.load(path, facts, SampleKey(0, view, number), by_dali=False) for view in range(self.views)]
 
     def frames(self, facts: media.VideoInfo, key: SampleKey) -> np.ndarray:
         if self.views == 1:
@@ -66,12 +66,12 @@ class MultiView(VideoKind):
     def views(self) -> int:
         return self.clips * self.crops
 
-    def load_views(self, data: np.ndarray, facts: media.VideoInfo, number: int) -> list[Inputs]:
+    def load_views(self, path: str, facts: media.VideoInfo, number: int) -> list[Inputs]:
         """The crops of a clip side by side. The box holds where the crop starts and the resized frame's
         height and width."""
         size, views = self.crop.size, []
         for clip in range(self.clips):
-            frames = media.decode_frames(data, self._frames(facts.frames, clip), facts)
+            frames = media.decode_frames(path, self._frames(facts.frames, clip), facts)
             whole = Inputs.of_pixels(frames, Box(0, 0, *frames.shape[1:3]), flip=False)
             for crop in range(self.crops):
                 box, width, height = view_offset(facts.width, facts.height, size, crop, self.crops)
@@ -166,9 +166,8 @@ def samples_of(
 
     def load(number: int) -> list[Sample] | str:
         try:
-            data = media.read_bytes(entries[number].path)
-            facts = kind.check(data)
-            views = kind.load_views(data, facts, number)
+            path = entries[number].path
+            views = kind.load_views(path, kind.check(path), number)
             return [Sample(Choice(SampleKey(0, view, number)), inputs) for view, inputs in enumerate(views)]
         except media.BadFile as error:
             return str(error)

@@ -51,13 +51,13 @@ class Kind(Protocol):
     output: str  # name of the pixels in a batch: "video" or "image"
     extensions: tuple[str, ...]  # files that count inside a folder dataset
 
-    def check(self, data: np.ndarray) -> object:
-        """Facts of an encoded file, uint8 [bytes]; raises BadFile. Depends on the bytes only."""
+    def check(self, path: str) -> object:
+        """Facts of a file; raises BadFile. Depends on the file's contents only."""
 
-    def load(self, data: np.ndarray, facts: object, key: SampleKey, by_dali: bool) -> Inputs:
-        """One sample, a pure function of its arguments.
+    def load(self, path: str, facts: object, key: SampleKey, by_dali: bool) -> Inputs:
+        """One sample of a file that `check` gave `facts` of, a pure function of its contents and the other arguments.
 
-        With `by_dali` the encoded bytes are handed on wherever DALI knows the format; without, pixels are decoded
+        With `by_dali` encoded bytes are handed on wherever DALI shows the same; without, pixels are decoded
         here. Raises BadFile when what the sample needs is decoded here and cannot be.
         """
 

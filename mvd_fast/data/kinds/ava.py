@@ -60,12 +60,10 @@ class AvaKind(VideoKind):
         scene = self.scenes[key.index]
         if scene.is_clip:
             return facts.frames // 2
-        number = round((scene.frame.second - self.first_second) * facts.fps)
-        if not 0 <= number < facts.frames:
-            lasts = (
-                f"{facts.frames / facts.fps:.1f} s from second {self.first_second}" if facts.fps else "no known time"
-            )
-            raise media.BadFile(f"has no key frame at second {scene.frame.second}: it lasts {lasts}")
+        number = facts.frame_at(scene.frame.second - self.first_second)
+        if number is None:
+            begins = f" from second {self.first_second}" if self.first_second else ""
+            raise media.BadFile(f"has no key frame at second {scene.frame.second}: it {facts.length}{begins}")
         return number
 
     def annotate(self, width: int, height: int, key: SampleKey) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from nvidia.dali.pipeline import DataNode
 
 from mvd_fast.config import RunConfig
 from mvd_fast.data import crops, images
+from mvd_fast.data.containers import read_bytes
 from mvd_fast.data.kinds import Inputs
 from mvd_fast.data.sampling import SampleKey
 
@@ -22,10 +23,11 @@ class ImageKind:
     output: str = "image"
     extensions: tuple[str, ...] = images.IMAGE_EXTENSIONS
 
-    def check(self, data: np.ndarray) -> images.ImageInfo:
-        return images.probe_image(data)
+    def check(self, path: str) -> images.ImageInfo:
+        return images.probe_image(read_bytes(path))
 
-    def load(self, data: np.ndarray, facts: images.ImageInfo, key: SampleKey, by_dali: bool) -> Inputs:
+    def load(self, path: str, facts: images.ImageInfo, key: SampleKey, by_dali: bool) -> Inputs:
+        data = read_bytes(path)
         box, flip = self.crop.box(key, facts.width, facts.height), self.crop.flipped(key)
         if by_dali and facts.is_plain:
             return Inputs.of_encoded(data, np.zeros(1, dtype=np.int32), box, flip)

@@ -48,8 +48,8 @@ class LabelledKind(VideoKind):
             return random_segments(key, facts.frames, self.num_frames)
         return super().frames(facts, key)
 
-    def load(self, data: np.ndarray, facts: media.VideoInfo, key: SampleKey, by_dali: bool) -> Inputs:
-        inputs = super().load(data, facts, key, by_dali)
+    def load(self, path: str, facts: media.VideoInfo, key: SampleKey, by_dali: bool) -> Inputs:
+        inputs = super().load(path, facts, key, by_dali)
         if self.recipe.rand_augment.layers:
             inputs = inputs._replace(operations=augment.draw_operations(key, self.recipe.rand_augment))
         return inputs

@@ -27,25 +27,25 @@ class VideoKind:
     output: str = "video"
     extensions: tuple[str, ...] = media.VIDEO_EXTENSIONS
 
-    def check(self, data: np.ndarray) -> media.VideoInfo:
-        return media.probe_video(data)
+    def check(self, path: str) -> media.VideoInfo:
+        return media.probe_video(path)
 
     def frames(self, facts: media.VideoInfo, key: SampleKey) -> np.ndarray:
         if self.centered:
             return center_clip(facts.frames, self.num_frames, self.sampling_rate)
         return random_clip(key, facts.frames, self.num_frames, self.sampling_rate)
 
-    def load(self, data: np.ndarray, facts: media.VideoInfo, key: SampleKey, by_dali: bool) -> Inputs:
+    def load(self, path: str, facts: media.VideoInfo, key: SampleKey, by_dali: bool) -> Inputs:
         frames = self.frames(facts, key)
         box, flip = self.crop.box(key, facts.width, facts.height), self.crop.flipped(key)
-        if by_dali and facts.codec in self.dali_codecs and facts.pixel_format in media.PLAIN_FORMATS:
-            return Inputs.of_encoded(*media.trimmed(data, frames, facts), box, flip)
-        return self.of_pixels(media.decode_frames(data, frames, facts), box, flip)
+        if by_dali and facts.suits_dali(self.dali_codecs):
+            return Inputs.of_encoded(*media.excerpt(path, frames, facts), box, flip)
+        return self.of_pixels(media.decode_frames(path, frames, facts), box, flip)
 
-    def load_views(self, data: np.ndarray, facts: media.VideoInfo, number: int) -> list[Inputs]:
+    def load_views(self, path: str, facts: media.VideoInfo, number: int) -> list[Inputs]:
         """All that is shown of file `number` in a test, decoded here, not by DALI: what cannot be decoded is then known
-        by name, and colours are the same."""
-        return [self.load(data, facts, SampleKey(0, 0, number), by_dali=False)]
+        by name."""
+        return [self.load(path, facts, SampleKey(0, 0, number), by_dali=False)]
 
     def of_pixels(self, frames: np.ndarray, box: Box, flip: bool) -> Inputs:
         """Of frames uint8 [T, H, W, 3] that were decoded here."""
@@ -60,7 +60,11 @@ def decoded_video(inputs: Inputs, device: str) -> DataNode:
     """Frames from DALI's decoder where the sample is encoded, else those the source decoded; uint8 FHWC."""
     if inputs.is_encoded:
         pixels = fn.decoders.video(
-            inputs.encoded, frames=inputs.frames, device="mixed" if device == "gpu" else "cpu", affine=False
+            inputs.encoded,
+            frames=inputs.frames,
+            pad_mode="none",  # by default a frame past the end is memory that nobody wrote
+            device="mixed" if device == "gpu" else "cpu",
+            affine=False,
         )
     else:
         pixels = inputs.decoded.gpu() if device == "gpu" else inputs.decoded
