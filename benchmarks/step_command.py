@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from less_work import RECIPES
 
 from mvd_fast.arguments import add_config_arguments
 from mvd_fast.config_file import load_config
+from mvd_fast.files import make_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = list(RECIPES) if args.recipes == "all" else args.recipes.split(",")
     if unknown := [name for name in names if name not in RECIPES]:
         parser.error(f"--recipes: {unknown[0]!r} is unknown; there are: all, {', '.join(RECIPES)}")
+    if args.json:
+        make_folder(Path(args.json).parent)
     from step import bench
 
     bench(args, config, names)

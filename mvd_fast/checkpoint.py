@@ -177,7 +177,6 @@ def load(engine: Any, path: Path, precision: str) -> tuple[int, dict[str, Any]]:
 
 def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Writes a safetensors file aside, fsyncs it and renames it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
         save_file(weights, aside)
 

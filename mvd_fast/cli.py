@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mvd_fast.config import RunConfig
 
 PROGRAM = "mvd-fast"
+READER_LEFT = 141  # as of a program that SIGPIPE ends
 Arguments = list[str]
 Run = Callable[[Arguments], int | None]
 
@@ -23,10 +25,16 @@ Run = Callable[[Arguments], int | None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    The sentence of a `UserError` goes to stderr and the status is 2. Other exceptions keep their traceback.
+    The sentence of a `UserError` goes to stderr and the status is 2. Other exceptions keep their traceback, but for
+    that of a reader who has left (`mvd-fast config list | head`).
     """
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv)) or 0
+        status = _run(list(sys.argv[1:] if argv is None else argv)) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
+        return READER_LEFT
     except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
@@ -119,6 +127,13 @@ def _config_show(argv: Arguments) -> None:
     print(load_config(chosen.config, chosen.set).model_dump_json(indent=2))
 
 
+def _config_keys(argv: Arguments) -> None:
+    argparse.ArgumentParser(f"{PROGRAM} config keys", description=COMMANDS["config keys"].summary).parse_args(argv)
+    from mvd_fast.config_reference import reference
+
+    print(reference(), end="")
+
+
 def _config_list(argv: Arguments) -> None:
     from mvd_fast.config_file import list_recipes, load_config
 
@@ -165,6 +180,7 @@ COMMANDS = {
     "ava-evaluate": Command(
         _at("downstream.ava_commands", "evaluate_main"), "AVA's frame mAP of a trained detector, and its detections"
     ),
+    "config keys": Command(_config_keys, "every setting with its default and meaning"),
     "config list": Command(_config_list, "name the recipes, one a line"),
     "config show": Command(_config_show, "print a config with everything that it extends, as JSON"),
     "plan": Command(_at("planning.command"), "memory, time, storage of a run on GPUs that need not be there"),

@@ -34,14 +34,14 @@ class Strict(BaseModel):
 class ModelConfig(Strict):
     """The network that is trained. `kind` is the name of a module in `mvd_fast/models/`."""
 
-    kind: str = Field("student", description="module of mvd_fast/models: student, videomae, mae, classifier, ...")
+    kind: str = Field("student", description="module of mvd_fast/models")
     image_size: PositiveInt = Field(224, description="side of the square input, pixels")
     patch_size: PositiveInt = Field(16, description="side of a patch, pixels")
     num_frames: PositiveInt = Field(16, description="frames of a clip; 1 for images")
     tubelet_size: PositiveInt = Field(2, description="frames covered by one token; 1 for images")
-    embed_dim: PositiveInt
-    depth: PositiveInt
-    num_heads: PositiveInt
+    embed_dim: PositiveInt = Field(description="width of the encoder")
+    depth: PositiveInt = Field(description="blocks of the encoder")
+    num_heads: PositiveInt = Field(description="attention heads of the encoder")
     decoder_dim: PositiveInt | None = Field(None, description="width of a pre-training network's decoders")
     decoder_depth: PositiveInt | None = Field(None, description="blocks of each decoder")
     decoder_heads: PositiveInt | None = Field(None, description="attention heads of each decoder")
@@ -70,18 +70,20 @@ class ModelConfig(Strict):
 class TeacherConfig(Strict):
     """A frozen teacher. `kind` is the name of a module in `mvd_fast/teachers/`."""
 
-    kind: str = Field(description="module of mvd_fast/teachers: mae, videomae, ...")
+    kind: str = Field(description="module of mvd_fast/teachers")
     checkpoint: str = Field(description="file with the teacher's weights: .pth or .safetensors")
     precision: TeacherPrecision | None = Field(
         None,
         description="of its weights and arithmetic; empty: the run's. int8, fp8: the blocks' linear layers in 8 bits, "
         "the rest bf16",
     )
-    image_size: PositiveInt = 224
-    patch_size: PositiveInt = 16
-    embed_dim: PositiveInt
-    depth: PositiveInt
-    num_heads: PositiveInt
+    image_size: PositiveInt = Field(
+        224, description="side of the square input, pixels; an image teacher's frames are resized to it"
+    )
+    patch_size: PositiveInt = Field(16, description="side of a patch, pixels")
+    embed_dim: PositiveInt = Field(description="its width")
+    depth: PositiveInt = Field(description="its blocks")
+    num_heads: PositiveInt = Field(description="its attention heads")
 
     @model_validator(mode="after")
     def _divisible(self) -> TeacherConfig:
@@ -98,6 +100,8 @@ class CacheConfig(Strict):
 
 
 class TeachersConfig(Strict):
+    """The frozen teachers of distillation: one for single frames, one for clips."""
+
     image: TeacherConfig | None = None
     video: TeacherConfig | None = None
     compile: bool = Field(
@@ -115,9 +119,7 @@ class TeachersConfig(Strict):
 class ObjectiveConfig(Strict):
     """What is minimised. `kind` is the name of a module in `mvd_fast/objectives/`."""
 
-    kind: str = Field(
-        "distillation", description="module of mvd_fast/objectives: distillation, pixel, classification, ..."
-    )
+    kind: str = Field("distillation", description="module of mvd_fast/objectives")
     image_weight: float = Field(1.0, ge=0.0, description="weight of the image teacher's loss")
     video_weight: float = Field(1.0, ge=0.0, description="weight of the video teacher's loss")
     normalize_targets: bool = Field(
@@ -132,7 +134,7 @@ class ObjectiveConfig(Strict):
 class DataConfig(Strict):
     """Where clips come from. `kind` is the name of a module in `mvd_fast/data/kinds/`."""
 
-    kind: str = Field("video", description="module of mvd_fast/data/kinds: video, labelled, frame, image, ava, ...")
+    kind: str = Field("video", description="module of mvd_fast/data/kinds")
     train: str = Field(description="list file (`path label` a line) or folder of class folders")
     root: str = Field("", description="folder that relative paths in the list start from; empty: the list's folder")
     sampling_rate: PositiveInt = Field(4, description="take every n-th frame")
@@ -155,8 +157,10 @@ class DataConfig(Strict):
         (0.2, 0.1),
         description="ava: share of a box's width and height that its sides move outwards at most in training",
     )
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+    mean: tuple[float, float, float] = Field(IMAGENET_MEAN, description="of RGB in [0, 1], subtracted")
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
+        IMAGENET_STD, description="of RGB in [0, 1], divided by"
+    )
     mask_ratio: float = Field(0.9, gt=0.0, lt=1.0, description="share of tokens masked; the same in every time slice")
     masks_per_clip: PositiveInt = Field(
         1, description="student samples made of each clip that is decoded and seen by the teachers"
@@ -215,10 +219,10 @@ class OptimConfig(Strict):
     base_lr: PositiveFloat = Field(1.5e-4, description="peak learning rate for batch 256; scaled by batch.size / 256")
     base_min_lr: float = Field(0.0, ge=0.0, description="final learning rate for batch 256; scaled likewise")
     warmup_lr: float = Field(0.0, ge=0.0, description="learning rate of the first update")
-    epochs: PositiveInt
-    warmup_epochs: int = Field(40, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
+    epochs: PositiveInt = Field(description="times that the data is gone through")
+    warmup_epochs: int = Field(40, ge=0, description="of these, the first ones, with a rising learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW's means of the gradient and of its square")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's")
     layer_decay: float = Field(
         1.0, gt=0.0, le=1.0, description="factor of the learning rate from each block to the one below; 1: all the same"
     )
@@ -236,22 +240,28 @@ class OptimConfig(Strict):
 
 
 class CheckpointConfig(Strict):
+    """When the run is saved."""
+
     every_updates: PositiveInt | None = Field(None, description="save every n updates; empty: at the end of each epoch")
     keep_last: PositiveInt = Field(2, description="checkpoints kept; older ones are removed")
 
 
 class LogConfig(Strict):
+    """What is written while the run goes."""
+
     every: PositiveInt = Field(10, description="updates between two log lines; the host waits for the device only then")
-    tensorboard: bool = True
+    tensorboard: bool = Field(True, description="write the numbers for TensorBoard, too")
 
 
 class RunConfig(Strict):
     """One training run."""
 
-    name: str
+    name: str = Field(description="of the run")
     run_dir: str = Field("", description="where checkpoints and logs go; empty: runs/<name>")
-    seed: int = Field(0, ge=0)
-    precision: Precision = "bf16"
+    seed: int = Field(0, ge=0, description="of the weights, the order of the data, its views and masks")
+    precision: Precision = Field(
+        "bf16", description="of weights and activations; float32 master weights and losses either way"
+    )
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     teachers: TeachersConfig = TeachersConfig()

@@ -30,6 +30,7 @@ __all__ = [
     "list_recipes",
     "load_config",
     "missing_files",
+    "model_of",
     "save_config",
 ]
 
@@ -77,8 +78,6 @@ def load_config(path_or_recipe_name: str, overrides: Sequence[str] = ()) -> RunC
 
 def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write the resolved config as JSON that `load_config` reads back equal; the file is complete or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, config.model_dump_json(indent=2) + "\n")
 
 
@@ -246,11 +245,12 @@ def _fields(location: tuple[int | str, ...]) -> dict[str, FieldInfo]:
     """The fields of the schema's object at `location`."""
     model: type[BaseModel] | None = RunConfig
     for key in location:
-        model = _model_of(model.model_fields[str(key)]) if model else None
+        model = model_of(model.model_fields[str(key)]) if model else None
     return dict(model.model_fields) if model else {}
 
 
-def _model_of(field: FieldInfo) -> type[BaseModel] | None:
+def model_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The schema of the object that a field holds; None where it holds a value."""
     options = (field.annotation, *get_args(field.annotation))
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
 
@@ -258,7 +258,7 @@ def _model_of(field: FieldInfo) -> type[BaseModel] | None:
 def _all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        inner = _model_of(field)
+        inner = model_of(field)
         if inner:
             yield from _all_paths(inner, f"{prefix}{name}.")
 

@@ -16,13 +16,25 @@ WEIGHTS = "model.safetensors"
 SUMMARY = "summary.json"
 
 
+def make_folder(path: str | Path) -> None:
+    """The folder and those above it, where they are missing; UserError where there can be none.
+
+    What takes long and is given a place for its results calls it before it starts.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {path} cannot be made: {error.strerror}; name another place") from None
+
+
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
     """Gives a path beside `path` to write to; on success it is fsynced and renamed into place, on failure removed.
 
-    The name keeps its ending, for libraries that go by it.
+    The name keeps its ending, for libraries that go by it. Folders above it that are missing are made.
     """
     path = Path(path)
+    make_folder(path.parent)
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield aside
@@ -36,10 +48,11 @@ def written_aside(path: str | Path) -> Iterator[Path]:
 def folder_written_aside(path: str | Path, replaceable: Collection[str] = ()) -> Iterator[Path]:
     """Gives a new folder beside `path` to write files to; on success they are fsynced and it is renamed into place.
 
-    A folder that is there already is replaced as a whole, and only if it holds nothing but files named in
-    `replaceable`; else UserError.
+    Folders above it that are missing are made. A folder that is there already is replaced as a whole, and only if it
+    holds nothing but files named in `replaceable`; else UserError.
     """
     path = Path(path)
+    make_folder(path.parent)
     if others := [entry.name for entry in path.glob("*") if entry.name not in replaceable]:
         raise UserError(f"{path} is not replaced, as it holds other things, too: {', '.join(sorted(others)[:4])}")
     aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("new", "old"))

@@ -302,7 +302,7 @@ def test_detections_of_a_trained_run(digit_set: Path, trained: Path, capsys: pyt
     capsys.readouterr()
     assert main(["ava-map", str(trained / "ava_detections.csv"), *truth]) == 0
     assert f"{100 * report['map']:.2f} %" in capsys.readouterr().out
-    again = trained / "again.csv"
+    again = trained / "made" / "again.csv"
     checkpoint = next((trained / "checkpoints").glob("update-*10"))
     again_on_two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mvd_fast.cli"]
     options = ["ava-evaluate", str(checkpoint), *truth, *data, "--batch", "3", "--out", str(again)]

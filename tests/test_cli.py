@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import types
@@ -204,6 +205,15 @@ def test_config_list_has_one_line_for_each_recipe(capsys):
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["vits_from_vitl"].startswith("student 384/12/6 <- image 1024/24, video 1024/24; 224 px x 16 frames")
     assert lines["mae_vith"].endswith("224 px; batch 4096, 800 epochs") and "demo/student" in lines
+
+
+def test_a_reader_who_leaves_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "mvd_fast.cli", "config", "list"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_version(capsys):

@@ -639,12 +639,20 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path,
     assert {p.name for p in tmp_path.iterdir()} == {"s.pth", "x"}
 
 
+@pytest.mark.parametrize(("name", "to"), [("no/such/x.pth", "mvd"), ("no/such/x", "hf")])
+def test_folders_above_the_target_are_made(tmp_path: Path, name: str, to: str) -> None:
+    assert not (tmp_path / "no").exists()
+    assert convert(saved(student(), tmp_path / "s.pth"), tmp_path / name, to, heads=3)[-1] == f"wrote {tmp_path / name}"
+    assert [path.name for path in (tmp_path / "no/such").iterdir()] == [Path(name).name]
+
+
 @pytest.mark.parametrize(
     ("name", "to", "said"),
     [
         ("x", "mvd", "must end in one of .safetensors"),
         ("x.pth", "hf", "must be a folder's name"),
-        ("no/x.pth", "mvd", "no does not exist"),
+        ("s.pth/x.pth", "mvd", "the folder .*s.pth cannot be made: File exists; name another place"),
+        ("s.pth/deep/x", "hf", "the folder .*s.pth/deep cannot be made: Not a directory; name another place"),
     ],
 )
 def test_targets_that_do_not_go(tmp_path: Path, name: str, to: str, said: str) -> None:

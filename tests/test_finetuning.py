@@ -121,14 +121,14 @@ def test_evaluate_command_counts_every_video_once_on_any_number_of_ranks(
 ) -> None:
     """One rank in this process, two by torchrun with five videos each of nine and a broken one; the same files."""
     options = ["evaluate", str(finished / "best.safetensors"), "--data", str(inputs / "val.txt"), "--device", "cpu"]
-    assert cli.main([*options, "--out", str(tmp_path / "one")]) == 1
+    assert cli.main([*options, "--out", str(tmp_path / "made" / "one")]) == 1
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, "-m", "mvd_fast.cli", *options, "--out", str(tmp_path / "two"), "--batch", "4"],
         env=tiny_runs.environment(), capture_output=True, text=True, timeout=tiny_runs.TIMEOUT,
     )  # fmt: skip
     assert "left out: " in done.stderr and "broken.webm" in done.stderr, done.stderr
-    one, two = ([json.loads(line) for line in (tmp_path / n / "predictions.jsonl").open()] for n in ("one", "two"))
+    one, two = ([json.loads(line) for line in (tmp_path / n / "predictions.jsonl").open()] for n in ("made/one", "two"))
     assert [row["path"] for row in one] == [row["path"] for row in two]
     assert [Path(row["path"]).name for row in one] == [f"{number:05d}.webm" for number in range(9)]
     for left, right in zip(one, two, strict=True):

@@ -201,7 +201,7 @@ def test_dataset_sizes(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "plan.json"
+    out = tmp_path / "made" / "plan.json"
     assert cli.main(["plan", "--config", "mae_vits", "--gpus", "8", "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     figures = json.loads(out.read_text())["figures"]

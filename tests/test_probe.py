@@ -180,7 +180,7 @@ def test_attentive_probe_finds_the_token_that_matters() -> None:
 
 
 def test_probe_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "probe.json"
+    out = tmp_path / "made" / "probe.json"
     lists = ["--train", str(folder / "train.txt"), "--test", str(folder / "test.txt")]
     options = ["--kind", "linear,knn,attentive", "--neighbours", "5", "--seeds", "0,1", "--epochs", "10"]
     assert cli.main(["probe", str(folder / "run"), *lists, *options, "--out", str(out), "--device", "cpu"]) == 0
@@ -192,7 +192,7 @@ def test_probe_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_features_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "x.safetensors"
+    out = tmp_path / "made" / "too" / "x.safetensors"
     broken = tmp_path / "broken.webm"
     broken.write_bytes(b"no video")
     inputs = [str(folder / "test.txt"), str(broken)]
@@ -206,6 +206,19 @@ def test_features_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(metadata["names"])[0].endswith("test0_vp9.webm") and "MVD student" in metadata["network"]
     assert json.loads(metadata["preprocessing"])["sampling_rate"] == 2
     assert list(json.loads(metadata["left_out"])) == [str(broken)]
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(folder: Path, tmp_path: Path, capsys) -> None:
+    """A file where the folder should be; no clip is decoded for nothing (nothing is said of the broken one)."""
+    (tmp_path / "file").touch()
+    (tmp_path / "broken.webm").write_bytes(b"no video")
+    (tmp_path / "list.txt").write_text("broken.webm 0\nother.webm 1\n")
+    lists = ["--train", str(tmp_path / "list.txt"), "--test", str(tmp_path / "list.txt")]
+    listed, out = str(tmp_path / "list.txt"), str(tmp_path / "file" / "x.safetensors")
+    assert cli.main(["features", listed, "--checkpoint", str(folder / "run"), "--out", out]) == 2
+    assert cli.main(["probe", str(folder / "run"), *lists, "--kind", "linear", "--out", out]) == 2
+    said = f"mvd-fast: error: the folder {tmp_path / 'file'} cannot be made: File exists; name another place\n"
+    assert capsys.readouterr().err == 2 * said
 
 
 @pytest.mark.parametrize(

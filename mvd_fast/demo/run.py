@@ -71,7 +71,6 @@ class Demo:
         self.out, self.size, self.seed = out, size, seed
         self.console = Console(stderr=True, highlight=False)
         self.clips = DigitSet(SIZES[size].train, SIZES[size].test, seed)
-        out.mkdir(parents=True, exist_ok=True)
         self._claim_folder()
         self._stale = False
         self._phases_file = out / "phases.json"

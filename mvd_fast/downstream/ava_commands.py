@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mvd_fast.arguments import add_network_arguments, positive
 from mvd_fast.data import ava_files
 from mvd_fast.errors import UserError
-from mvd_fast.files import write_text
+from mvd_fast.files import make_folder, write_text
 
 from .ava import MOST, FrameMap, frame_map
 
@@ -46,8 +46,6 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     """The command `ava-evaluate`; 0, or 1 when videos were left out. Under a launcher each rank takes its share."""
     args = _evaluate_parser().parse_args(argv)
     out = Path(args.out or Path(args.checkpoint) / "ava_detections.csv")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
     actions, truth, excluded = _read_truth(args)
     people = ava_files.read_proposals(args.proposals, args.threshold) if args.proposals else truth
     model, config = load_detector(args.checkpoint)
@@ -59,6 +57,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 
     root = args.root or str(Path(args.annotations).absolute().parent)
     scenes = scenes_of(people, classes, excluded, root, args.proposals or args.annotations, with_labels=False)
+    make_folder(out.parent)
     from . import ranks
 
     with ranks.joined() as rank:

@@ -14,7 +14,7 @@ import numpy as np
 from mvd_fast.arguments import add_checkpoint_arguments, add_network_arguments, positive
 from mvd_fast.data.lists import Entry, ListError, read_dataset
 from mvd_fast.errors import UserError
-from mvd_fast.files import write_text, written_aside
+from mvd_fast.files import make_folder, write_text, written_aside
 
 from .probe import NEIGHBOURS, TEMPERATURE, AttentiveSettings
 
@@ -39,6 +39,8 @@ def probe_main(argv: Sequence[str] | None = None) -> int:
     train_entries = _labelled(args.train, args.root)
     test_entries = _labelled(args.test, args.root)
     _check_classes(train_entries, test_entries, args)
+    if args.out:
+        make_folder(Path(args.out).parent)
     opened = _open(args)
     sides = [_extract(opened, side, args, "attentive" in kinds) for side in (train_entries, test_entries)]
     _check_classes(sides[0].entries, sides[1].entries, args)
@@ -157,9 +159,8 @@ def features_main(argv: Sequence[str] | None = None) -> int:
     args = _features_parser().parse_args(argv)
     if Path(args.out).suffix != ".safetensors":
         raise UserError(f"--out {args.out} must end in .safetensors")
-    if not Path(args.out).absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
     entries = [entry for path in args.inputs for entry in _entries(path, args.root)]
+    make_folder(Path(args.out).parent)
     opened = _open(args)
     found = _extract(opened, entries, args, args.tokens)
     _write_features(found, opened, args)

@@ -16,7 +16,7 @@ from mvd_fast.arguments import add_checkpoint_arguments, add_network_arguments, 
 from mvd_fast.config import EvaluationConfig
 from mvd_fast.data.lists import class_folders
 from mvd_fast.errors import UserError
-from mvd_fast.files import write_text, written_aside
+from mvd_fast.files import make_folder, write_text, written_aside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if names and len(names) != classes:
         raise UserError(f"--classes {args.classes} has {len(names)} names, but the classifier has {classes} classes")
     entries = read_labelled(args.data, args.root, classes)
+    if args.out:
+        make_folder(args.out)
     with ranks.joined() as rank:
         device = ranks.device(args.device)
         network = network.to(device, DTYPES[args.precision]).eval()
@@ -112,7 +114,6 @@ def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, Preprocessing,
 
 def write_results(folder: Path, found: Predictions, summary: dict[str, Any], names: Sequence[str]) -> None:
     """The FILES; `names` are the classes'."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "predictions.jsonl", "".join(line + "\n" for line in prediction_lines(found)))
     confusion = found.confusion()
     write_text(folder / "per_class.csv", per_class_table(confusion, names))

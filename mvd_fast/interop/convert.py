@@ -132,8 +132,6 @@ def _check_target(target: Path, layout: ModuleType, force: bool) -> None:
         kind = "folder" if target.is_dir() else "file"
         ways = "--force replaces it" if target.is_dir() == layout.FOLDER else "and cannot be replaced by this layout"
         raise UserError(f"DST {target} exists (a {kind}); {ways}")
-    if not target.parent.is_dir():
-        raise UserError(f"DST {target}: the folder {target.parent} does not exist")
 
 
 def _remarks(network: Network, kept: Iterable[str], layout: ModuleType, to: str) -> list[str]:

@@ -205,7 +205,6 @@ def prepare(config: RunConfig, paths: Sequence[str], rows_per_shard: int | None 
     shapes = layout(config, len(paths), rows_per_shard)
     files = {role: file_facts(teacher.checkpoint) for role, teacher in roles(config).items()}
     manifest = {"identity": identity(config, paths, files), "layout": asdict(shapes), "files": files}
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return shapes
 

@@ -1,0 +1,200 @@
+"""The documents name what there is: every setting, kind and command, none besides, and their commands can be given."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mvd_fast import cli, trainer
+from mvd_fast.config import RunConfig
+from mvd_fast.config_checks import (
+    DATA_OF_MODEL,
+    KNOWN_DEEPSPEED_KEYS,
+    OBJECTIVE_OF_MODEL,
+    OWNED_DEEPSPEED_KEYS,
+    available_kinds,
+)
+from mvd_fast.config_file import list_recipes, load_config
+from mvd_fast.config_reference import REGISTRIES, reference, setting_names
+from mvd_fast.planning.dry_run import objective_without_memory
+
+ROOT = Path(__file__).parents[1]
+SETTINGS_PAGE = ROOT / "docs" / "settings.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+WRITTEN = "\n".join(text for page, text in TEXTS.items() if ROOT / page != SETTINGS_PAGE)  # by hand
+
+
+def code_spans(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+# ---- settings ----
+
+
+def test_the_page_of_settings_is_the_schemas() -> None:
+    assert SETTINGS_PAGE.read_text(encoding="utf-8") == reference(), "mvd-fast config keys > docs/settings.md"
+
+
+def test_every_setting_stands_there_with_its_meaning() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| .* \| (\S.*) \|$", SETTINGS_PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [key for key, _ in rows] == sorted(setting_names(), key=[key for key, _ in rows].index)
+    assert len(rows) == len(setting_names()) > 90
+
+
+def settings_named() -> Iterator[tuple[str, str]]:
+    """(page, dotted key) of what looks like one in code; `teachers.*.precision` stands for both roles."""
+    sections = "|".join(name for name, field in RunConfig.model_fields.items() if name != "name")
+    files = r"(?!\w*\.(?:md|py|json|jsonl|txt|safetensors|pth|csv)\b)"
+    pattern = re.compile(rf"(?<![\w./*-]){files}({sections})((?:\.(?:\w+|\*))+)(?![\w/(])")
+    for page, text in TEXTS.items():
+        for code in [*code_spans(text), *blocks(text, "bash")]:
+            yield from ((page, section + rest) for section, rest in pattern.findall(code))
+
+
+def test_every_setting_that_is_named_exists() -> None:
+    names = setting_names()
+    sections = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+    known = {*names, *sections}
+    found = list(settings_named())
+    wrong = []
+    for page, key in found:
+        first, _, rest = key.partition(".")
+        if first == "deepspeed":
+            fine = rest.split(".")[0] in KNOWN_DEEPSPEED_KEYS | OWNED_DEEPSPEED_KEYS.keys()
+        else:
+            fine = any(re.fullmatch(key.replace(".", r"\.").replace("*", r"\w+"), name) for name in known)
+        wrong += [] if fine else [f"{page}: {key}"]
+    assert not wrong
+    assert len({key for _, key in found}) > 60
+
+
+# ---- kinds ----
+
+
+@pytest.mark.parametrize("registry", dict.fromkeys(REGISTRIES.values()))
+def test_every_kind_is_described(registry: str) -> None:
+    spans = {word for span in code_spans(WRITTEN) for word in re.findall(r"\w+", span)}
+    assert not set(available_kinds(registry)) - spans
+
+
+def test_the_table_of_data_kinds_has_them_all() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \|", TEXTS["docs/data.md"].split("| `data.kind` |")[1].split("\n\n")[0], re.MULTILINE
+    )
+    assert sorted(rows) == available_kinds("data/kinds")
+
+
+def test_the_table_of_what_goes_together() -> None:
+    table = TEXTS["docs/training.md"].split("| `model.kind` |")[1].split("\n\n")[0]
+    rows = [[code_spans(cell) for cell in line.split("|")[1:4]] for line in table.splitlines()[2:]]
+    assert {model: objective for (model,), (objective,), _ in rows} == OBJECTIVE_OF_MODEL
+    assert {model: tuple(data) for (model,), _, data in rows} == DATA_OF_MODEL
+
+
+def test_every_kind_that_is_named_exists() -> None:
+    named = re.findall(r"(?<![\w.])(model|teachers\.\w+|objective|data)\.kind[=:] ?`?\"?(\w+)", WRITTEN)
+    assert named
+    for part, kind in named:
+        assert kind in available_kinds(REGISTRIES[f"{part}.kind"]), f"{part}.kind={kind}"
+
+
+# ---- commands ----
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_stands_in_the_documents(name: str) -> None:
+    assert re.search(rf"mvd-fast {name}\b", WRITTEN)
+
+
+def test_every_command_that_is_named_exists() -> None:
+    groups = {name.split()[0] for name in cli.COMMANDS}
+    for page, text in TEXTS.items():
+        for code in [*code_spans(text), *blocks(text, "bash")]:
+            for first, second in re.findall(r"(?<![\w/.-])mvd-fast ([a-z-]+)(?: ([a-z]+))?", code):
+                assert first in groups, f"{page}: mvd-fast {first}"
+                pair = f"{first} {second}"
+                assert first in cli.COMMANDS or not second or pair in cli.COMMANDS, f"{page}: mvd-fast {pair}"
+
+
+SCRIPTS = {
+    "mvd-fast": [],
+    "mvd_fast.cli": [],
+    "mvd_fast/train.py": ["train"],
+    "mvd_fast.train": ["train"],
+    "mvd_fast/finetune.py": ["finetune"],
+}
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """(page, arguments of `mvd-fast`) of every line of a shell block that starts one of ours, but not `[options]`."""
+    for page, text in TEXTS.items():
+        for line in "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            place = next((i for i, word in enumerate(words) if word in SCRIPTS), None)
+            if place is not None and "[" not in line and "..." not in line:
+                yield page, [*SCRIPTS[words[place]], *words[place + 1 :]]
+
+
+class Parsed(BaseException):
+    """Thrown out of a command once its arguments have been read."""
+
+
+@pytest.mark.parametrize(
+    ("page", "argv"), list(commands()), ids=lambda value: value if isinstance(value, str) else value[0]
+)
+def test_commands_can_be_given_as_they_stand(page: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_leave(parser: argparse.ArgumentParser, *given: list[str]) -> argparse.Namespace:
+        arguments = parse(parser, *given)
+        if parser.prog != cli.PROGRAM:  # else it only chose the command
+            raise Parsed(arguments)
+        return arguments
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Parsed) as stop:
+        cli.main(argv)
+    arguments = vars(stop.value.args[0])
+    config = arguments.get("config")
+    if config and (config in list_recipes() or config.startswith("configs/")):
+        load_config(config, arguments["set"])
+    elif config:
+        assert page == "docs/training.md"  # an example of a user's own file
+
+
+def test_there_are_commands_to_be_tried() -> None:
+    assert len(list(commands())) > 25
+
+
+# ---- the rest ----
+
+
+def test_links_lead_somewhere() -> None:
+    for page, text in TEXTS.items():
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+            path, _, anchor = target.partition("#")
+            file = (ROOT / page).parent / path if path else ROOT / page
+            assert file.exists(), f"{page}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in anchors, f"{page}: {target}"
+
+
+def test_the_phases_of_a_step_are_described() -> None:
+    (row,) = re.findall(r"^\| `phase_seconds` \| (.*) \|$", TEXTS["docs/training.md"], re.MULTILINE)
+    timed = set(re.findall(r'\.phase\("(\w+)"\)', Path(trainer.__file__).read_text()))
+    objective = objective_without_memory(load_config("vits_from_vitb"))
+    watched = {"forward" if name == "model" else name for name, _ in objective.named_children()}
+    assert set(code_spans(row)) == timed | watched
