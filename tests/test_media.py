@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -13,7 +16,9 @@ from PIL import Image
 from video_files import loader_of, real_clips, run_config, take, write_list, write_mixed_list, write_video
 
 from mvd_fast.data import media, sampling
+from mvd_fast.data.loader import build_source
 from mvd_fast.data.picture import COLOUR_CONVERSION
+from mvd_fast.data.pipeline import build_pipeline
 from mvd_fast.data.sampling import SampleKey
 
 KEEP_NEGATIVE = {"avoid_negative_ts": "disabled"}  # of MP4 files: times before zero become an edit list
@@ -193,3 +198,52 @@ def test_frames_that_an_edit_list_drops_do_not_count(tmp_path):
     wanted = np.array([0, 3, 20, 34])
     expected = media.decode_frames(everything, wanted + 5, media.probe_video(everything))
     assert np.array_equal(media.decode_frames(part, wanted, info), expected)
+
+
+def test_a_frame_past_the_end_is_an_error_and_not_memory_that_nobody_wrote(tmp_path):
+    path = write_video(tmp_path / "short_vp9.webm", 20)
+    config = run_config(write_list(tmp_path / "list.txt", [path.name]), batch=1)
+    source, spec = build_source(config, torch.device("cpu"), 1)
+    sample = source.sample(SampleKey(0, 0, 0))
+    beyond = sample.inputs._replace(frames=np.full(8, 25, dtype=np.int32))
+    with pytest.raises(RuntimeError, match="frame"):
+        build_pipeline(spec, lambda step: [sample._replace(inputs=beyond)]).run()
+
+
+FILM = """
+import resource, sys
+from mvd_fast.data import media
+info = media.probe_video(sys.argv[1])
+frames = media.decode_frames(sys.argv[1], [30, 3], info)
+print(info.frames, len(frames), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_file_of_gigabytes_is_not_read_into_memory(tmp_path):
+    """A film of three gigabytes, of which all but the frames is a hole, in a process of its own."""
+    film = write_video(tmp_path / "film_h264.mp4", 40)
+    with open(film, "r+b") as file:
+        file.seek(0, 2)
+        file.write((1).to_bytes(4, "big") + b"free" + (3 << 30).to_bytes(8, "big"))
+        file.truncate(file.tell() - 16 + (3 << 30))
+    done = subprocess.run([sys.executable, "-c", FILM, film], stdout=subprocess.PIPE, text=True, timeout=120)
+    count, decoded, kilobytes = map(int, done.stdout.split())
+    assert (count, decoded) == (40, 2) and kilobytes < 1 << 20
+
+
+def test_names_that_look_like_protocols_or_options_are_files(tmp_path):
+    for name in ("concat:a|b_vp9.webm", "pipe:0_vp9.webm", "-i_vp9.webm", "a%03d_vp9.webm", "tab\tand\nline_vp9.webm"):
+        path = str(write_video(tmp_path / "plain_vp9.webm", 6).rename(tmp_path / name))
+        assert media.decode_frames(path, np.arange(6), media.probe_video(path)).shape == (6, 48, 64, 3)
+    latin = os.fsencode(tmp_path) + b"/caf\xe9_vp9.webm"
+    os.rename(path, latin)
+    assert media.probe_video(os.fsdecode(latin)).frames == 6
+
+
+def test_a_playlist_is_no_video(tmp_path):
+    part = write_video(tmp_path / "part_h264.mp4", 30)
+    playlist = tmp_path / "video.mp4"
+    head = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:2\n"
+    playlist.write_text(f"{head}#EXTINF:1.25,\n{part.name}\n#EXT-X-ENDLIST\n")
+    with pytest.raises(media.BadFile, match=r"playlist|not a readable video"):
+        media.probe_video(str(playlist))
