@@ -172,6 +172,7 @@ COMMANDS = {
     "evaluate": Command(_at("downstream.evaluate"), "test a classifier on a list, with several views of each video"),
     "demo": Command(_at("demo"), "both stages on a small synthetic video set, with a report"),
     "data check": Command(_at("data.check"), "name every unusable file of a list, and what would load faster"),
+    "data show": Command(_at("data.show_command"), "what training sees of a list or file, as pictures"),
     "teachers cache": Command(_at("targets.command"), "store the teachers' features, once for all epochs"),
     "convert": Command(_at("interop.convert"), "a checkpoint in the form of MVD, VideoMAE, Hugging Face or timm"),
     "probe": Command(_at("downstream.commands", "probe_main"), "classify by frozen features: linear, k-NN, attentive"),

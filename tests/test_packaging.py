@@ -33,7 +33,7 @@ ALLOWED = {
     "mvd_fast.interop": {"mvd_fast.models"},
     "mvd_fast.teachers": {"mvd_fast.models", "mvd_fast.interop", "mvd_kernels"},
     "mvd_fast.objectives": {"mvd_fast.models", "mvd_fast.teachers", "mvd_fast.interop", "mvd_kernels"},
-    "mvd_fast.data": {"mvd_kernels"},
+    "mvd_fast.data": {"mvd_fast.arguments", "mvd_fast.config_file", "mvd_kernels"},
     "mvd_fast.targets": {
         "mvd_fast.arguments",
         "mvd_fast.config_file",

@@ -81,15 +81,17 @@ def build_loader(
     return Loader(source, schedule, spec, config.data, targets.read)
 
 
-def build_source(config: RunConfig, device: torch.device, clips: int) -> tuple[Source, PipelineSpec]:
-    """The files of a run and what its pipeline is built from, `clips` at a time.
+def build_source(
+    config: RunConfig, device: torch.device, clips: int, paths: list[str] | None = None
+) -> tuple[Source, PipelineSpec]:
+    """The files of a run (`paths`, or what `data.train` lists) and what its pipeline is built from, `clips` at a time.
 
     Raises UserError sentences for unusable lists.
     """
     kind = importlib.import_module(f"mvd_fast.data.kinds.{config.data.kind}").build(config, device.type == "cuda")
-    if isinstance(kind, Annotated):
+    if paths is None and isinstance(kind, Annotated):
         paths = kind.paths()
-    else:
+    elif paths is None:
         paths = [e.path for e in lists.read_dataset(config.data.train, config.data.root, kind.extensions)]
     _require_some_present(paths, config.data.train)
     spec = PipelineSpec(
@@ -128,7 +130,7 @@ class Loader:
         read_targets: ReadTargets | None = None,
     ):
         self.schedule, self.spec, self.data, self.read_targets = schedule, spec, data, read_targets
-        self.paths = source.paths
+        self.source, self.paths = source, source.paths
         self.readers = Readers(source, data.threads, data.workers)
         self.suspects: dict[str, str] = {}  # path -> why DALI failed on it; decoded by the readers since
         self.bad_files: dict[str, str] = {}

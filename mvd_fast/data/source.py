@@ -128,21 +128,21 @@ class Source:
         path = self.paths[key.index]
         if (key.index, key.view) in self.untaught:
             raise media.BadFile(self.untaught[key.index, key.view])
-        verdict = self._verdicts.get(path)
-        if isinstance(verdict, str):
-            raise media.BadFile(verdict)
-        facts = verdict or self._check(path)
+        facts = self.facts(path)
         extra = self.kind.annotate(facts.width, facts.height, key) if isinstance(self.kind, Annotated) else None
         return self.kind.load(path, facts, key, by_dali), extra
 
-    def _check(self, path: str) -> Any:
-        """Look at a file for the first time; the verdict is kept."""
-        try:
-            self._verdicts[path] = self.kind.check(path)
-        except media.BadFile as error:
-            self._verdicts[path] = str(error)
-            raise
-        return self._verdicts[path]
+    def facts(self, path: str) -> Any:
+        """What the kind says of a file, looked at the first time it is asked for. Raises BadFile."""
+        if path not in self._verdicts:
+            try:
+                self._verdicts[path] = self.kind.check(path)
+            except media.BadFile as error:
+                self._verdicts[path] = str(error)
+        verdict = self._verdicts[path]
+        if isinstance(verdict, str):
+            raise media.BadFile(verdict)
+        return verdict
 
 
 def _candidates(key: SampleKey, count: int) -> Iterator[SampleKey]:
