@@ -6,7 +6,8 @@ unpatch(model)
 
 from __future__ import annotations
 
-from mvd_kernels.patch._core import PatchError, Report, Row, unpatch
+from mvd_kernels.patch._core import Report, Row, unpatch
+from mvd_kernels.patch._fallback import PatchError
 from mvd_kernels.patch.hf_videomae import patch_hf_videomae
 from mvd_kernels.patch.reference import patch_reference_vit
 from mvd_kernels.patch.timm import patch_timm_vit

@@ -8,10 +8,11 @@ parameters, buffers, hooks, name and `isinstance` relations stay what they are; 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,15 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from mvd_kernels.add_layer_norm import add_layer_norm
+from mvd_kernels.patch._fallback import PatchError, is_patched, left_out, must_call, probed, refusal
 
 _HEAD_STEP, _LARGEST_HEAD = 16, 128  # of the attention kernels
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # else that of bf16
+_DERIVED = "it got another class after it had been patched (from a parametrization or fully_shard, for example)"
 _PACKED_ATTENTION = {"qkv", "attn_drop", "proj", "proj_drop"}
-_LAYER_NORMS = ("LayerNorm", "LayerNormFp32")  # torch's, and timm's of these names: the same arithmetic
-
-
-class PatchError(ValueError):
-    """A model in which nothing is recognised."""
+_TIMM_NORMS = ("LayerNorm", "LayerNormFp32")  # the same arithmetic as torch's
 
 
 @dataclass(frozen=True)
@@ -79,66 +78,110 @@ class Report:
 
 
 @functools.cache
-def _fused_class(layer: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+def _fused_class(layer: type[nn.Module], original: type[nn.Module], seen: tuple) -> type[nn.Module]:
     """Subclass of `original` that runs as `layer`. It keeps the name, by which accelerate and FSDP find classes."""
-    members = {"__module__": original.__module__, "__reduce_ex__": _reduce, "_mvd_unpatched": original}
+    members = {
+        "__module__": original.__module__,
+        "__reduce_ex__": _reduce,
+        "__prepare_scriptable__": _refuse_script,
+        "_mvd_unpatched": original,
+        "_mvd_method": _method(layer),
+        "_mvd_probed": seen,
+    }
     return type(original.__name__, (layer, original), members)
 
 
-def _reduce(self: nn.Module, protocol: int) -> tuple:
+def _method(layer: type[nn.Module]) -> str:
+    """The one that the layer has instead of the original: "forward" or "forward_features"."""
+    return next(name for name in vars(layer) if name.startswith("forward"))
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple | str:
+    if _is_derived(self):
+        return object.__reduce_ex__(self, protocol)
     layer, original = type(self).__bases__
-    return _bare, (layer, original), self.__getstate__()
+    return _bare, (layer, original, type(self)._mvd_probed[0]), self.__getstate__()
 
 
-def _bare(layer: type[nn.Module], original: type[nn.Module]) -> nn.Module:
+def _bare(layer: type[nn.Module], original: type[nn.Module], kinds: tuple) -> nn.Module:
     """What pickle and deepcopy fill with the state."""
-    made = _fused_class(layer, original)
+    made = _fused_class(layer, original, (kinds, getattr(original, _method(layer))))
     return made.__new__(made)
 
 
-def is_patched(module: nn.Module) -> bool:
-    return hasattr(type(module), "_mvd_unpatched")
+def _is_derived(module: nn.Module) -> bool:
+    """Whether a patched module is of a class that someone derived from ours."""
+    return "_mvd_unpatched" not in vars(type(module))
+
+
+def _refuse_script(self: nn.Module) -> None:
+    raise PatchError(refusal("torch.jit.script"))
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo every patch in `model`, also in a copy of a patched one; -> the model."""
-    for module in model.modules():
-        if is_patched(module):
-            module.__class__ = type(module)._mvd_unpatched
+    """Undo every patch in `model`, also in a copy of a patched one; -> the model.
+
+    Raises:
+        PatchError: if a patched module has got yet another class since. Nothing is changed then.
+    """
+    patched = [(name, module) for name, module in model.named_modules() if is_patched(module)]
+    for name, module in patched:
+        if _is_derived(module):
+            raise PatchError(f"{name or 'the model'} cannot be unpatched: {_DERIVED}; undo that first")
+    for _, module in patched:
+        module.__class__ = type(module)._mvd_unpatched
     return model
 
 
-def swap(module: nn.Module, layer: type[nn.Module], method: str = "forward", probe: tuple | None = None) -> str | None:
-    """Move `module` to `layer`; -> None, or the reason why it stays what it is.
+def swap(module: nn.Module, layer: type[nn.Module], calls: frozenset[str], probe: tuple | None = None) -> str | None:
+    """Move `module` to `layer`, whose forward `calls` these children; -> None, or why the module stays what it is.
 
     With `probe`, arguments of the method, both must compute the same from them, in eval mode and without gradients.
     """
-    if is_patched(module):
-        return None
-    original = type(module)
-    theirs = list(inspect.signature(getattr(original, method)).parameters)
+    if is_patched(module):  # anything may have happened to it since
+        if _is_derived(module):
+            return _DERIVED
+        module.__class__ = type(module)._mvd_unpatched
+    original, method, parts = type(module), _method(layer), left_out(module, calls)
+    if reason := _other_form(module, layer, method) or must_call(module, parts):
+        return reason
+    fused = _fused_class(layer, original, probed(original, method, parts))
+    problem = (
+        None
+        if probe is None or any(one.is_meta for one in module.parameters())
+        else _probe(module, fused, method, probe)
+    )
+    if problem is None:
+        module.__class__ = fused
+    return problem
+
+
+def _other_form(module: nn.Module, layer: type[nn.Module], method: str) -> str | None:
+    theirs = list(inspect.signature(getattr(type(module), method)).parameters)
     ours = list(inspect.signature(getattr(layer, method)).parameters)
     takes_any = any(
         one.kind is one.VAR_KEYWORD for one in inspect.signature(getattr(layer, method)).parameters.values()
     )
     if extra := [name for name in theirs if name not in ours and not (takes_any and name == ours[-1])]:
         return f"its {method} takes {', '.join(extra)}"
-    if method in vars(module):
+    home = next(one for one in type(module).__mro__ if method in vars(one))
+    if method in vars(module) or getattr(vars(home)[method], "__module__", home.__module__) != home.__module__:
         return f"its {method} has been replaced by someone else"
-    if probe is None or any(one.is_meta for one in module.parameters()):
-        module.__class__ = _fused_class(layer, original)
-        return None
+    return None
+
+
+def _probe(module: nn.Module, fused: type[nn.Module], method: str, arguments: tuple) -> str | None:
+    """What is different between `module` and its copy of class `fused`, beside the time that they take."""
     try:
         with _evaluating(module):
-            expected = getattr(module, method)(*probe)
-            module.__class__ = _fused_class(layer, original)
-            actual = getattr(module, method)(*probe)
-        problem = _difference(actual, expected)
+            theirs, ours = copy.copy(module), copy.copy(module)
+            ours.__class__ = fused
+            expected, actual = getattr(theirs, method)(*arguments), getattr(ours, method)(*arguments)
     except Exception as error:
-        problem = f"it does not run on what its names promise ({str(error).splitlines()[0] if str(error) else error!r})"
-    if problem:
-        module.__class__ = original
-    return problem
+        return f"it does not run on what its names promise ({str(error).splitlines()[0] if str(error) else error!r})"
+    if kept := [name for name, value in vars(theirs).items() if value is not vars(ours).get(name, theirs)]:
+        return f"its {method} stores {', '.join(kept)}, which a fused one does not compute"
+    return _difference(actual, expected)
 
 
 @contextmanager
@@ -169,11 +212,6 @@ def wave(*shape: int, like: Tensor) -> Tensor:
     return torch.arange(count, device=like.device).mul(0.7).sin().view(shape).to(like.dtype)
 
 
-def original(layer: type[nn.Module], module: nn.Module) -> Callable[..., object]:
-    """The forward that `layer` replaces: that of the class, where Hugging Face's `kernelize` bound ours instead."""
-    return super(layer, module).forward if isinstance(module, layer) else type(module).forward.__get__(module)
-
-
 # ---- what an adapter asks of a module ----
 
 
@@ -192,11 +230,20 @@ def unexpected(module: nn.Module, children: set[str], tensors: set[str] = frozen
 
 def unfit_norm(norm: nn.Module) -> str | None:
     """Why `add_layer_norm` cannot stand for `norm`."""
-    if not isinstance(norm, nn.LayerNorm) or type(norm).__name__ not in _LAYER_NORMS:
-        return f"its second norm is {type(norm).__name__}, not LayerNorm"
+    kind = type(norm)
+    of_timm = kind.__name__ in _TIMM_NORMS and kind.__module__.startswith("timm.")
+    if not isinstance(norm, nn.LayerNorm) or not (kind.forward is nn.LayerNorm.forward or of_timm):
+        return f"its second norm is {kind.__name__} of {kind.__module__}, not a plain LayerNorm"
     if norm.weight is None or norm.bias is None or norm.weight.ndim != 1:
         return "its second norm has no weight or no bias"
     return None
+
+
+def unfit_scores(attn: nn.Module) -> str | None:
+    """Why the attention weights of timm's and the authors' modules must exist, if they must."""
+    return (
+        None if getattr(attn, "fused_attn", True) else "its fused_attn is False, which asks for the attention weights"
+    )
 
 
 def unfit_head(width: int) -> str | None:
@@ -219,41 +266,50 @@ def find_blocks(model: nn.Module, children: set[str], missing: str) -> list[tupl
 
 
 def swap_packed_attention(
-    report: Report, name: str, attn: nn.Module, layer: type[nn.Module], tensors: set[str] = frozenset()
+    report: Report,
+    name: str,
+    attn: nn.Module,
+    layer: type[nn.Module],
+    calls: frozenset[str],
+    tensors: frozenset[str] = frozenset(),
 ) -> None:
     """Attention from one projection of queries, keys and values; `tensors`: what it may own beside its children."""
-    reason, note = unexpected(attn, _PACKED_ATTENTION, tensors), ""
-    if reason is None and not isinstance(attn.qkv, nn.Linear):
-        reason = f"its qkv is {type(attn.qkv).__name__}, not Linear"
+    reason, note = unexpected(attn, _PACKED_ATTENTION, tensors) or unfit_scores(attn), ""
+    if reason is None and not isinstance(attn.attn_drop, nn.Dropout):
+        reason = f"its attn_drop is {type(attn.attn_drop).__name__}, not Dropout"
+    qkv = getattr(attn, "qkv", None)
+    plain = type(qkv).forward is nn.Linear.forward
+    if reason is None and not (plain or ("qkv" in calls and hasattr(qkv, "in_features"))):
+        reason = f"its qkv is {type(qkv).__name__} of {type(qkv).__module__}, not a plain Linear"
     if reason is None:
         note = dropout_note(attn.attn_drop.p)
-        probe = wave(1, 3, attn.qkv.in_features, like=attn.qkv.weight)
-        reason = unfit_head(attn.qkv.out_features // 3 // attn.num_heads) or swap(attn, layer, probe=(probe,))
+        probe = wave(1, 3, qkv.in_features, like=qkv.weight)
+        reason = unfit_head(qkv.out_features // 3 // attn.num_heads) or swap(attn, layer, calls, probe=(probe,))
     report.add(name, "attention", reason, note)
 
 
 def swap_block(
-    report: Report, name: str, block: nn.Module, norm: nn.Module, layer: type[nn.Module], reason: str | None = None
+    report: Report,
+    name: str,
+    block: nn.Module,
+    norm: str,
+    layer: type[nn.Module],
+    calls: frozenset[str],
+    reason: str | None,
 ) -> None:
     """A block whose first addition goes into its second LayerNorm, `norm`; left if there is a `reason` already."""
-    reason = reason or unfit_norm(norm)
+    reason = reason or unfit_norm(getattr(block, norm))
     if reason is None:
-        reason = swap(block, layer, probe=(wave(1, 3, *norm.weight.shape, like=norm.weight),))
+        weight = getattr(block, norm).weight
+        reason = swap(block, layer, calls, probe=(wave(1, 3, *weight.shape, like=weight),))
     report.add(name, "add + LayerNorm", reason)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone wants to see what goes through `module`, which a fused operator passes by."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def add_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """-> x + branch and its LayerNorm; in one pass where the operator takes them and nobody watches the norm."""
+    """-> x + branch and its LayerNorm; in one pass where the operator takes them."""
     dtypes = (torch.promote_types(x.dtype, branch.dtype), torch.float32)
     same = x.dtype == branch.dtype or torch.is_autocast_enabled(x.device.type)
-    if has_hooks(norm) or not same or norm.weight.dtype not in dtypes or x.shape != branch.shape:
+    if not same or norm.weight.dtype not in dtypes or x.shape != branch.shape:
         total = x + branch
         return total, norm(total)
     return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps)

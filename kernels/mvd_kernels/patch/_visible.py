@@ -24,8 +24,8 @@ def visible_tokens(mask: Tensor, video: Tensor, tokens: int) -> Tensor | None:
 
 def unfit_tubes(proj: nn.Module | None) -> str | None:
     """Why `embed_visible_tubes` cannot stand for this layer."""
-    if not isinstance(proj, nn.Conv3d):
-        return f"its patches come from {type(proj).__name__}, not Conv3d"
+    if not isinstance(proj, nn.Conv3d) or type(proj).forward is not nn.Conv3d.forward:
+        return f"its patches come from {type(proj).__name__} of {type(proj).__module__}, not a plain Conv3d"
     _, height, width = proj.kernel_size
     plain = proj.stride == proj.kernel_size and set(proj.dilation) == {1} and proj.groups == 1
     if proj.in_channels != 3 or height != width or not plain or proj.padding not in ((0, 0, 0), "valid"):

@@ -11,18 +11,20 @@ from mvd_kernels.patch._core import (
     add_norm,
     dropout_note,
     find_blocks,
-    has_hooks,
-    original,
     swap,
     swap_block,
     unexpected,
     unfit_head,
+    unfit_norm,
     wave,
 )
+from mvd_kernels.patch._fallback import original, runs_original
 from mvd_kernels.patch._visible import other_size, probe_clip, unfit_tubes, visible_tokens
 
-_LAYER = {"attention", "intermediate", "output", "layernorm_before", "layernorm_after"}
-_ATTENTION = {"query", "key", "value"}
+_LAYER_CALLS = frozenset({"attention", "intermediate", "output", "layernorm_before"})
+_LAYER = _LAYER_CALLS | {"layernorm_after"}
+_ATTENTION = frozenset({"query", "key", "value"})
+_STANDS_FOR = ("sdpa", "flash_attention")  # transformers' names of implementations begin so
 
 
 class VideoMAESelfAttention(nn.Module):
@@ -31,11 +33,11 @@ class VideoMAESelfAttention(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, N, C] -> [B, N, C], None.
 
-        The original runs where dropout is active, or where the attention weights may be asked for, which only the
-        "eager" implementation returns: transformers then reads them with a hook on this module.
+        The original runs where dropout is active, and as any attention implementation that is not torch's SDPA or
+        FlashAttention: "eager" gives out the attention weights, others are the user's own.
         """
         dropout = self.training and self.dropout_prob > 0
-        if dropout or (self.config._attn_implementation == "eager" and self._forward_hooks):
+        if dropout or _unfit_implementation(self) or runs_original(self, _ATTENTION, hidden_states):
             return original(VideoMAESelfAttention, self)(hidden_states)
         heads = (self.num_attention_heads, self.attention_head_size)
         q, k, v = (one(hidden_states).unflatten(-1, heads) for one in (self.query, self.key, self.value))
@@ -47,6 +49,8 @@ class VideoMAELayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
         """hidden_states [B, N, C] -> [B, N, C]."""
+        if runs_original(self, _LAYER_CALLS, hidden_states) or unfit_norm(self.layernorm_after):
+            return original(VideoMAELayer, self)(hidden_states, **kwargs)
         branch = self.attention(self.layernorm_before(hidden_states), **kwargs)
         hidden_states, normed = add_norm(hidden_states, branch, self.layernorm_after)
         return self.output(self.intermediate(normed), hidden_states)
@@ -60,11 +64,12 @@ class VideoMAEEmbeddings(nn.Module):
 
         Clips of other sizes go to the original, which says what it takes.
         """
+        if runs_original(self, frozenset(), pixel_values):
+            return original(VideoMAEEmbeddings, self)(pixel_values, bool_masked_pos)
         patches, pos = self.patch_embeddings, self.position_embeddings
         proj, clips, tokens = patches.projection, pixel_values.transpose(1, 2), pos.shape[1]
         visible = None if bool_masked_pos is None else visible_tokens(bool_masked_pos, clips, tokens)
-        watched = has_hooks(patches) or has_hooks(proj)
-        if visible is None or watched or other_size(clips, proj, patches.image_size, tokens):
+        if visible is None or other_size(clips, proj, patches.image_size, tokens):
             return original(VideoMAEEmbeddings, self)(pixel_values, bool_masked_pos)
         return embed_visible_tubes(clips, proj.weight, proj.bias, pos.detach().to(proj.weight.device), visible)
 
@@ -90,7 +95,7 @@ def patch_hf_videomae(model: nn.Module) -> Report:
             report.add(name, "embedding", _patch_embeddings(module), "the original runs where no mask is given")
     for name, layer in layers:
         _patch_attention(report, f"{name}.attention.attention", getattr(layer.attention, "attention", None))
-        swap_block(report, name, layer, layer.layernorm_after, VideoMAELayer, unexpected(layer, _LAYER))
+        swap_block(report, name, layer, "layernorm_after", VideoMAELayer, _LAYER_CALLS, unexpected(layer, _LAYER))
     if isinstance(getattr(model, "encoder_to_decoder", None), nn.Linear):
         reason = "it is inside the model's forward; scatter_mask_tokens does it in a loop of your own"
         report.add("encoder_to_decoder", "mask tokens", reason)
@@ -99,12 +104,18 @@ def patch_hf_videomae(model: nn.Module) -> Report:
 
 
 def _patch_attention(report: Report, name: str, attn: nn.Module | None) -> None:
-    reason, note = "there is none" if attn is None else unexpected(attn, _ATTENTION), ""
+    reason = "there is none" if attn is None else unexpected(attn, _ATTENTION) or _unfit_implementation(attn)
+    note = ""
     if reason is None:
         note = dropout_note(attn.dropout_prob)
         probe = wave(1, 3, attn.query.in_features, like=attn.query.weight)
-        reason = unfit_head(attn.attention_head_size) or swap(attn, VideoMAESelfAttention, probe=(probe,))
+        reason = unfit_head(attn.attention_head_size) or swap(attn, VideoMAESelfAttention, _ATTENTION, probe=(probe,))
     report.add(name, "attention", reason, note)
+
+
+def _unfit_implementation(attn: nn.Module) -> str | None:
+    name = getattr(attn.config, "_attn_implementation", None) or "sdpa"
+    return None if name.startswith(_STANDS_FOR) else f"its attention implementation is {name!r}, not 'sdpa'"
 
 
 def _patch_embeddings(embeddings: nn.Module) -> str | None:
@@ -113,4 +124,4 @@ def _patch_embeddings(embeddings: nn.Module) -> str | None:
     if reason := unfit_tubes(proj):
         return reason
     clip, mask = probe_clip(proj, patches.image_size, pos.shape[1])
-    return swap(embeddings, VideoMAEEmbeddings, probe=(clip.transpose(1, 2), mask))
+    return swap(embeddings, VideoMAEEmbeddings, frozenset(), probe=(clip.transpose(1, 2), mask))

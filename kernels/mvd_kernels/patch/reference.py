@@ -17,16 +17,20 @@ from mvd_kernels.patch._core import (
     Report,
     add_norm,
     find_blocks,
-    has_hooks,
-    original,
     swap,
     swap_block,
     swap_packed_attention,
     unexpected,
+    unfit_norm,
+    unfit_scores,
 )
+from mvd_kernels.patch._fallback import original, runs_original
 from mvd_kernels.patch._visible import other_size, probe_clip, unfit_tubes, visible_tokens
 
-_BLOCK = {"norm1", "attn", "drop_path", "norm2", "mlp"}
+_ATTENTION_CALLS = frozenset({"proj", "proj_drop"})  # of qkv the weights are read, as the authors do
+_BLOCK_CALLS = frozenset({"norm1", "attn", "drop_path", "mlp"})
+_BLOCK = _BLOCK_CALLS | {"norm2"}
+_ENCODER_CALLS = frozenset({"blocks", "norm"})
 _ENCODER = ("patch_embed", "pos_embed", "blocks", "norm")
 
 
@@ -35,7 +39,7 @@ class ReferenceAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] -> [B, N, C]; active dropout goes to the original."""
-        if self.training and self.attn_drop.p > 0:
+        if unfit_scores(self) or runs_original(self, _ATTENTION_CALLS, x):
             return original(ReferenceAttention, self)(x)
         bias, q_bias = self.qkv.bias, getattr(self, "q_bias", None)
         if q_bias is not None:
@@ -50,6 +54,8 @@ class ReferenceBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] -> [B, N, C]."""
+        if runs_original(self, _BLOCK_CALLS, x) or unfit_norm(self.norm2):
+            return original(ReferenceBlock, self)(x)
         branch = _scaled(self.attn(self.norm1(x)), getattr(self, "gamma_1", None))
         x, normed = add_norm(x, self.drop_path(branch), self.norm2)
         return x + self.drop_path(_scaled(self.mlp(normed), getattr(self, "gamma_2", None)))
@@ -60,10 +66,11 @@ class VisibleEncoder(nn.Module):
 
     def forward_features(self, x: Tensor, mask: Tensor) -> Tensor:
         """x [B, 3, T, H, W], mask bool [B, N] (True: hidden) -> [B, Nv, C]."""
+        if runs_original(self, _ENCODER_CALLS, x):
+            return super().forward_features(x, mask)
         proj, tokens = self.patch_embed.proj, self.pos_embed.shape[1]
         visible = visible_tokens(mask, x, tokens)
-        watched = has_hooks(self.patch_embed) or has_hooks(proj)
-        if visible is None or watched or other_size(x, proj, self.patch_embed.img_size, tokens):
+        if visible is None or other_size(x, proj, self.patch_embed.img_size, tokens):
             return super().forward_features(x, mask)
         x = embed_visible_tubes(x, proj.weight, proj.bias, self.pos_embed.to(x.device).detach(), visible)
         for block in self.blocks:
@@ -97,9 +104,10 @@ def patch_reference_vit(model: nn.Module) -> Report:
     )
     report = Report(type(model).__name__)
     for name, block in find_blocks(model, _BLOCK, missing):
-        swap_packed_attention(report, f"{name}.attn", block.attn, ReferenceAttention, {"q_bias", "v_bias"})
+        biases = frozenset({"q_bias", "v_bias"})
+        swap_packed_attention(report, f"{name}.attn", block.attn, ReferenceAttention, _ATTENTION_CALLS, biases)
         reason = unexpected(block, _BLOCK, {"gamma_1", "gamma_2"})
-        swap_block(report, name, block, block.norm2, ReferenceBlock, reason)
+        swap_block(report, name, block, "norm2", ReferenceBlock, _BLOCK_CALLS, reason)
     for name, module in model.named_modules():
         if hasattr(module, "forward_features") and all(hasattr(module, one) for one in _ENCODER):
             report.add(name or "(the model)", "embedding", _patch_encoder(module))
@@ -120,4 +128,4 @@ def _patch_encoder(encoder: nn.Module) -> str | None:
     if reason is not None:
         return reason
     probe = probe_clip(proj, encoder.patch_embed.img_size, pos.shape[1])
-    return swap(encoder, VisibleEncoder, "forward_features", probe=probe)
+    return swap(encoder, VisibleEncoder, _ENCODER_CALLS, probe=probe)

@@ -9,13 +9,16 @@ from mvd_kernels.patch._core import (
     Report,
     add_norm,
     find_blocks,
-    original,
     swap_block,
     swap_packed_attention,
     unexpected,
+    unfit_norm,
+    unfit_scores,
 )
+from mvd_kernels.patch._fallback import original, runs_original
 
-_BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+_ATTENTION_CALLS = frozenset({"qkv", "proj", "proj_drop"})
+_BLOCK_CALLS = frozenset({"norm1", "attn", "ls1", "drop_path1", "mlp", "ls2", "drop_path2"})
 
 
 class TimmAttention(nn.Module):
@@ -23,7 +26,12 @@ class TimmAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x [B, N, C] -> [B, N, C]; a mask, causality and active dropout go to the original."""
-        if attn_mask is not None or is_causal or (self.training and self.attn_drop.p > 0):
+        if (
+            attn_mask is not None
+            or is_causal is not False
+            or unfit_scores(self)
+            or runs_original(self, _ATTENTION_CALLS, x)
+        ):
             return original(TimmAttention, self)(x, **_given(attn_mask, is_causal))
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
         return self.proj_drop(self.proj(attention(q, k, v, self.scale).flatten(2)))
@@ -34,6 +42,8 @@ class TimmBlock(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x [B, N, C] -> [B, N, C]."""
+        if runs_original(self, _BLOCK_CALLS, x) or unfit_norm(self.norm2):
+            return original(TimmBlock, self)(x, **_given(attn_mask, is_causal))
         branch = self.attn(self.norm1(x), **_given(attn_mask, is_causal))
         x, normed = add_norm(x, self.drop_path1(self.ls1(branch)), self.norm2)
         return x + self.drop_path2(self.ls2(self.mlp(normed)))
@@ -42,7 +52,7 @@ class TimmBlock(nn.Module):
 def _given(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Tensor | bool]:
     """What was passed: the attention of older versions takes neither."""
     mask = {} if attn_mask is None else {"attn_mask": attn_mask}
-    return {**mask, "is_causal": True} if is_causal else mask
+    return mask if is_causal is False else {**mask, "is_causal": is_causal}
 
 
 def patch_timm_vit(model: nn.Module) -> Report:
@@ -64,8 +74,9 @@ def patch_timm_vit(model: nn.Module) -> Report:
     )
     report = Report(type(model).__name__)
     for name, block in find_blocks(model, {"norm1", "attn", "norm2", "mlp"}, missing):
-        swap_packed_attention(report, f"{name}.attn", block.attn, TimmAttention)
-        swap_block(report, name, block, block.norm2, TimmBlock, unexpected(block, _BLOCK))
+        swap_packed_attention(report, f"{name}.attn", block.attn, TimmAttention, _ATTENTION_CALLS)
+        reason = unexpected(block, _BLOCK_CALLS | {"norm2"})
+        swap_block(report, name, block, "norm2", TimmBlock, _BLOCK_CALLS, reason)
     if hasattr(model, "patch_embed"):
         report.add("patch_embed", "embedding", "the model embeds every patch, so there are no hidden ones to spare")
     return report
