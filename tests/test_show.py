@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from pathlib import Path
 
@@ -285,6 +286,16 @@ def test_what_cannot_be_shown_is_refused_by_name(clips, tmp_path, capsys, monkey
     assert main(["data", "show", *(word.format(**places) for word in arguments)]) == 2
     assert sentence in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["broken.mp4"]
+
+
+def test_odd_names_are_printed_and_kept(clips, tmp_path, capsys):
+    odd = os.fsdecode(b"caf\xe9 \xe2\x80\xa8 #1.webm")
+    (tmp_path / odd).write_bytes((clips.parent / "0_vp9.webm").read_bytes())
+    assert main(["data", "show", str(tmp_path / odd), "--samples", "1", "--out", str(tmp_path / "out")]) == 0
+    first = capsys.readouterr().out.encode().decode().splitlines()[0]
+    assert r"caf\udce9 \u2028 #1.webm" in first
+    assert main(["data", "show", str(tmp_path / odd), "--frames", "0", "--out", str(tmp_path / f"{odd}.npz")]) == 0
+    assert (tmp_path / f"{odd}.npz").is_file()
 
 
 def test_text_stays_on_the_sheet(tmp_path):

@@ -109,12 +109,15 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
+def printable(text: str) -> str:
+    """The text with escapes for line ends, bytes that are not UTF-8, and others that no font has."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def _wrapped(text: str, size: int, width: int) -> list[str]:
-    """Lines of `width` pixels at most, split at spaces where there are some; what no font has is escaped."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    text = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    """Lines of `width` pixels at most, split at spaces where there are some."""
     lines = [""]
-    for word in text.split(" "):
+    for word in printable(text).split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word
         if _font(size).getlength(longer) <= width:
             lines[-1] = longer

@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _save_frames(chosen: argparse.Namespace) -> int:
+    from mvd_fast.data.sheet import printable
     from mvd_fast.data.show import is_media, save_frames
 
     if os.path.isdir(chosen.list) or not is_media(chosen.list):
@@ -37,17 +38,18 @@ def _save_frames(chosen: argparse.Namespace) -> int:
     if not chosen.out:
         raise UserError("--frames needs --out FILE.npz, the file to write")
     shape = save_frames(chosen.list, chosen.frames, chosen.out)
-    print(f"{chosen.out}: frames uint8 {list(shape)}, index int64 [{shape[0]}]")
+    print(printable(f"{chosen.out}: frames uint8 {list(shape)}, index int64 [{shape[0]}]"))
     return 0
 
 
 def _show_samples(chosen: argparse.Namespace) -> int:
+    from mvd_fast.data.sheet import printable
     from mvd_fast.data.show import is_media, show_samples
 
     file = chosen.list if os.path.isfile(chosen.list) and is_media(chosen.list) else ""
     for shown in show_samples(_config(chosen), chosen.samples, chosen.epoch, chosen.out or "shown", file):
-        print(f"{shown.sheet}, {shown.animation.name}: {shown.path}")
-        print("".join(f"  {line}\n" for line in shown.page.lines), end="", flush=True)
+        print(printable(f"{shown.sheet}, {shown.animation.name}: {shown.path}"))
+        print(*(printable(f"  {line}") for line in shown.page.lines), sep="\n", flush=True)
     return 0
 
 
