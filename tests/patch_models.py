@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvd_kernels.patch import patch_hf_videomae, patch_reference_vit, patch_timm_vit
+from mvd_kernels.patch import patch_hf_videomae, patch_reference_vit, patch_timm_vit, unpatch
 
 timm = pytest.importorskip("timm")
 WIDTH, HEADS = 32, 2
@@ -170,6 +171,17 @@ def made(case: str) -> tuple[nn.Module, tuple, Callable]:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model, inputs, patch
+
+
+def without_patch(model: nn.Module) -> nn.Module:
+    return unpatch(copy.deepcopy(model))
+
+
+def twins(case: str) -> tuple[nn.Module, nn.Module, tuple, Callable]:
+    """A patched model and the same without."""
+    model, inputs, patch = made(case)
+    patch(model.eval())
+    return model, without_patch(model), inputs, patch
 
 
 def run(model: nn.Module, inputs: tuple, autocast: bool = False) -> list[Tensor]:

@@ -1,15 +1,26 @@
-"""Patched models in other people's hands: hooks, replaced parts, other forwards, tracers. All as without the patch."""
+"""Patched models in other people's hands: hooks, replaced parts, other forwards. All as without the patch."""
 
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from patch_models import HEADS, TOLERANCE, WIDTH, RefAttention, assert_alike, count_calls, made, run, timm
+from patch_models import (
+    HEADS,
+    TOLERANCE,
+    WIDTH,
+    RefAttention,
+    assert_alike,
+    count_calls,
+    made,
+    run,
+    timm,
+    twins,
+    without_patch,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,10 +35,6 @@ LEFT_OUT = {
     "reference, gammas, one bias, dropout": ("encoder.blocks.0.attn.qkv", "encoder.patch_embed"),
     "VideoMAEForPreTraining": ("videomae.encoder.layer.0.layernorm_after", "videomae.embeddings.patch_embeddings"),
 }
-
-
-def without_patch(model: nn.Module) -> nn.Module:
-    return unpatch(copy.deepcopy(model))
 
 
 # ---- what is done to a part ----
@@ -137,13 +144,6 @@ def calls(monkeypatch) -> dict[str, int]:
 
 
 # ---- a part's place taken by another ----
-
-
-def twins(case: str) -> tuple[nn.Module, nn.Module, tuple, Callable]:
-    """A patched model and the same without."""
-    model, inputs, patch = made(case)
-    patch(model.eval())
-    return model, without_patch(model), inputs, patch
 
 
 @pytest.mark.parametrize("case", ["timm", "reference", "VideoMAEModel"])
@@ -368,64 +368,3 @@ def test_a_class_derived_from_a_patched_one_is_not_taken_away() -> None:
     assert type(block) is derived and [row.name for row in patch(model).left] == ["blocks.0", "patch_embed"]
     block.__class__ = derived.__bases__[0]
     assert type(unpatch(model).blocks[0]) is timm.models.vision_transformer.Block
-
-
-# ---- tracers: what they write down is to run without mvd_kernels ----
-
-TRACERS: dict[str, Callable[[nn.Module, tuple], tuple[Callable, str]]] = {
-    "torch.jit.trace": lambda model, inputs: (traced := torch.jit.trace(model, inputs), str(traced.inlined_graph)),
-    "torch.export": lambda model, inputs: (
-        (program := torch.export.export(model, inputs)).module(),
-        str(program.graph),
-    ),
-    "torch.export, strict": lambda model, inputs: (
-        (program := torch.export.export(model, inputs, strict=True)).module(),
-        str(program.graph),
-    ),
-    "torch.fx": lambda model, inputs: (graph := torch.fx.symbolic_trace(model), str(graph.graph)),
-}
-
-
-@pytest.mark.parametrize("tracer", TRACERS)
-@pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_tracers_write_the_original_down(tracer) -> None:
-    ours, theirs = (model.blocks for model in twins("timm")[:2])  # a forward around them is not for plain torch.fx
-    x = torch.randn(2, 5, WIDTH)
-    program, text = TRACERS[tracer](ours, (x,))
-    torch.testing.assert_close(program(x), theirs(x))
-    assert "mvd_kernels" not in text and text
-    if tracer == "torch.jit.trace":
-        file = io.BytesIO()
-        torch.jit.save(program, file)
-        assert b"mvd_kernels" not in file.getvalue()
-
-
-def test_script_names_unpatch() -> None:
-    model, theirs, inputs, _ = twins("timm")
-    with pytest.raises(
-        PatchError, match=r"^torch\.jit\.script does not take .* call mvd_kernels\.patch\.unpatch\(model\)"
-    ):
-        torch.jit.script(model)
-    torch.testing.assert_close(torch.jit.script(unpatch(model))(*inputs), theirs(*inputs))
-
-
-@pytest.mark.parametrize("case", ["timm", "reference", "VideoMAEForPreTraining"])
-def test_onnx_names_unpatch(case, tmp_path) -> None:
-    model, inputs, patch = made(case)
-    patch(model.eval())
-    with pytest.raises(
-        PatchError, match=r"^torch\.onnx\.export does not take .* call mvd_kernels\.patch\.unpatch\(model\)"
-    ):
-        torch.onnx.export(model, inputs, tmp_path / "model.onnx", dynamo=False)
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_onnx_by_torch_export_names_unpatch(strict, monkeypatch) -> None:
-    """What torch.onnx.export(dynamo=True) runs; it gives the sentence in its summary. It would need onnxscript."""
-    model, inputs, patch = made("timm")
-    patch(model.eval())
-    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    with pytest.raises(
-        Exception, match=r"torch\.onnx\.export does not take .* call mvd_kernels\.patch\.unpatch\(model\)"
-    ):
-        torch.export.export(model, inputs, strict=strict)
