@@ -32,9 +32,9 @@ class Linear(nn.Module):
 
 
 def test_update(compare):
-    from mvd_fast.train import distributed
+    from mvd_fast.training import launch
 
-    with distributed():
+    with launch.init_process_group():
         compare_engines(compare)
 
 

@@ -39,7 +39,7 @@ from mvd_fast.optim import build_optimizer
 from mvd_fast.targets.ahead import targets_ahead
 from mvd_fast.teachers import DTYPES, to_precision
 from mvd_fast.telemetry import PhaseTimer
-from mvd_fast.train import distributed
+from mvd_fast.training import launch
 from mvd_kernels import tube_mask
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -306,7 +306,7 @@ def machine() -> dict[str, Any]:
 
 def bench(args: argparse.Namespace, config: RunConfig, names: Sequence[str]) -> None:
     """Checks and times the sides of the step, and prints what was found. args: of step_command.py."""
-    with distributed(), tempfile.TemporaryDirectory() as folder:
+    with launch.init_process_group(), tempfile.TemporaryDirectory() as folder:
         _bench(args, config, names, Path(folder))
 
 

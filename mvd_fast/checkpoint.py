@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from mvd_fast.errors import UserError
 
 from .files import WEIGHTS, fsync, write_text, written_aside
+from .training import launch
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +93,13 @@ def save(
     if engine.global_rank == 0:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(hidden, ignore_errors=True)
-    _barrier()
+    launch.barrier()
     engine.save_checkpoint(str(root), tag=hidden.name, client_state={"trainer": state}, save_latest=False)
-    _barrier()
+    launch.barrier()
     if engine.global_rank == 0:
         save_file(weights, hidden / WEIGHTS)
         stage = int(engine.zero_optimization_stage())
-        manifest = Manifest(update, _world_size(), stage, precision, _seal(hidden))
+        manifest = Manifest(update, launch.world_size(), stage, precision, _seal(hidden))
         write_text(hidden / MANIFEST, json.dumps(asdict(manifest), indent=1))
         fsync(hidden)
         if final.exists():  # of an earlier attempt at the same update
@@ -108,7 +108,7 @@ def save(
         fsync(root)
         for old in _list(root)[keep:]:
             shutil.rmtree(old)
-    _barrier()
+    launch.barrier()
     return final
 
 
@@ -166,7 +166,7 @@ def verify(path: Path) -> Manifest:
 def load(engine: Any, path: Path, precision: str) -> tuple[int, dict[str, Any]]:
     """Restores the engine (collective); returns (updates done, the trainer's state). `path` was verified before."""
     manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
-    here = {"ranks": _world_size(), "ZeRO stage": int(engine.zero_optimization_stage()), "precision": precision}
+    here = {"ranks": launch.world_size(), "ZeRO stage": int(engine.zero_optimization_stage()), "precision": precision}
     there = {"ranks": manifest.world_size, "ZeRO stage": manifest.zero_stage, "precision": manifest.precision}
     if here != there:
         different = ", ".join(f"{k} {there[k]} (this run: {here[k]})" for k in here if here[k] != there[k])
@@ -197,12 +197,3 @@ def _seal(path: Path) -> dict[str, dict[str, Any]]:
 def _sha256(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _barrier() -> None:
-    if _world_size() > 1:
-        dist.barrier()

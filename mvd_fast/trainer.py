@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checkpoint
 from .averages import WeightAverage
 from .config import RunConfig
 from .config_file import check_batch, save_config
 from .data import build_loader
-from .downstream.views import Validation
 from .engine import backward, full_weights, local_gradient_norm, start_engine
 from .errors import UserError
 from .files import BEST, SUMMARY, WEIGHTS, write_text
@@ -32,26 +27,31 @@ from .targets.ahead import targets_ahead
 from .targets.store import open_targets
 from .teachers import DTYPES
 from .telemetry import LossWindow, PhaseTimer, ProgressLine, RunLog, measure_peak
+from .training import launch
+from .training.finite import FiniteCheck, NonFiniteLossError
+from .training.preemption import PreemptionHandler
 
 log = logging.getLogger(__name__)
 
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or NaN; the update was not made."""
+# A network, the module that it uses, and what takes a line on the progress -> `top1` and other facts (collective).
+Validate = Callable[[Callable[[Tensor], Tensor], nn.Module, Callable[[str], None]], dict[str, Any]]
 
 
 class Trainer:
     """One run of one config on this rank. `fit()` trains to the end of the schedule, or to SIGTERM."""
 
-    def __init__(self, config: RunConfig, resume: str = "auto") -> None:
-        """resume: "auto" (the newest valid checkpoint of the run, if any), "never", or a checkpoint's path."""
+    def __init__(self, config: RunConfig, resume: str = "auto", validate: Validate | None = None) -> None:
+        """resume: "auto" (the newest valid checkpoint of the run, if any), "never", or a checkpoint's path.
+
+        validate: is called after each epoch; for configs with an `evaluation.list`, and no others.
+        """
+        if bool(config.evaluation.list) != (validate is not None):
+            raise ValueError(f"evaluation.list is {config.evaluation.list!r}, and validate is {validate!r}")
         self.config = config
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = launch.rank(), launch.world_size()
         self.run_dir = Path(config.output_dir)
         self.micro, self.accumulation = check_batch(config, self.world_size)
-        accelerator = deepspeed.get_accelerator()
-        accelerator.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        self.device = torch.device(accelerator.current_device_name())
+        self.device = launch.device()
         start = self._find_start(resume)
         targets = open_targets(config, self.device)
         self.loader = build_loader(
@@ -61,7 +61,7 @@ class Trainer:
         self.total = config.optim.epochs * self.per_epoch
         self._build_engine()
         self.average = WeightAverage(self.engine, config.optim.ema) if config.optim.ema else None
-        self.validation = Validation(config, self.device) if config.evaluation.list else None
+        self.validate = validate
         self.update, self._earlier, self.window = 0, {}, LossWindow(0)
         self.best: dict[str, Any] = {}  # of all validations
         if start:
@@ -73,25 +73,26 @@ class Trainer:
             self._earlier = _read_summary(self.run_dir)
         self.timer = PhaseTimer(self.device)
         self._watch_phases()
-        self._stop = StopSignal(self.world_size)
+        self._stop = PreemptionHandler(self.device)
+        self._finite = FiniteCheck()
 
     def _find_start(self, resume: str) -> Path | None:
         """Rank 0 verifies, the others follow, also in refusing."""
-        found: list[Path | UserError | None] = [None]
+        found: Path | UserError | None = None
         if self.rank == 0:
             try:
-                found[0] = checkpoint.find_start(self.run_dir, resume)
-                if found[0]:
+                found = checkpoint.find_start(self.run_dir, resume)
+                if found:
                     _warn_of_changes(self.config, self.run_dir)
                 else:  # a run cannot change its stage later
                     _warn_of_zero_alone(self.config, self.world_size)
                 _warn_of_slow_bf16(self.config)
             except UserError as error:
-                found[0] = error
-        dist.broadcast_object_list(found)
-        if isinstance(found[0], UserError):
-            raise found[0]
-        return found[0]
+                found = error
+        found = launch.broadcast(found)
+        if isinstance(found, UserError):
+            raise found
+        return found
 
     def _build_engine(self) -> None:
         config = self.config
@@ -149,7 +150,7 @@ class Trainer:
                 self._log()
             else:
                 self.progress.advance()
-            if self.validation and self.update % self.per_epoch == 0:
+            if self.validate and self.update % self.per_epoch == 0:
                 self._validate()
             stop = self._stop.requested() and not last
             if stop or last or self._is_save_due():
@@ -170,7 +171,7 @@ class Trainer:
         """One view of every video of `evaluation.list` (collective); the best weights so far are kept."""
         with self.timer.phase("validation"):
             network = self.average.network(self.engine) if self.average else self.engine.module
-            found = self.validation.run(network, self.engine.module, self.progress.tell)
+            found = self.validate(network, self.engine.module, self.progress.tell)
             found |= {"update": self.update, "epoch": self.update // self.per_epoch}
             if found["top1"] > self.best.get("top1", -1.0):
                 self.best = found
@@ -188,24 +189,31 @@ class Trainer:
         # Drop path is a function of (seed, update, micro batch, rank): a resumed run draws the same.
         torch.manual_seed(step_seed(self.config.seed, self.update, number, self.rank))
         out = self.objective(batch)
-        guard = LossGuard(out["loss"])
+        last = number + 1 == self.accumulation
+        self._finite.add(out["loss"], batch["index"])
+        if last:
+            self._finite.begin()
         with self.timer.phase("backward"):
             backward(self.engine, out["loss"])
-        if not guard.is_finite():
-            self._stop_non_finite(guard.value, batch)
-        if logged and number + 1 == self.accumulation:
+        if last and self._finite.failed():
+            self._stop_non_finite()
+        if logged and last:
             self._norm = local_gradient_norm(self.engine)
         with self.timer.phase("optimizer"):
             self.engine.step()
         return out
 
-    def _stop_non_finite(self, value: float, batch: dict[str, Tensor]) -> None:
-        good = checkpoint.newest_valid(self.run_dir)
+    def _stop_non_finite(self) -> None:
+        """Every rank leaves here together."""
+        found = self._finite.describe(self.update, self.loader.names)
         raise NonFiniteLossError(
-            f"loss is {value} at update {self.update} on rank {self.rank}; the update was not made. "
-            f"Samples: {', '.join(self.loader.names(batch['index']))}. Last good checkpoint: {good or 'none yet'}. "
-            "Look at these files; resume with a lower optim.base_lr or with optim.clip_grad, or start anew in fp32."
+            f"{found}; the update was not made. Last good checkpoint: {self._last_good()}. Look at these files; "
+            "resume with a lower optim.base_lr or with optim.clip_grad, or start anew in fp32."
         )
+
+    def _last_good(self) -> str:
+        """Of the run's checkpoints, for a sentence (collective): rank 0 reads them."""
+        return launch.broadcast(str(checkpoint.newest_valid(self.run_dir) or "none yet") if self.rank == 0 else "")
 
     def _is_save_due(self) -> bool:
         every = self.config.checkpoint.every_updates or self.per_epoch
@@ -215,7 +223,7 @@ class Trainer:
         with self.timer.phase("checkpoint"):
             weights = self._full_weights()
             state = {"first": self.window.first, "sums": self._over_ranks(self.window.sums)}
-            if self.validation:
+            if self.validate:
                 state["best"] = self.best
             if self.average:
                 state["average"] = self.average.state()
@@ -230,10 +238,9 @@ class Trainer:
         """
         weights, spoiled = full_weights(self.engine, self._tables, keep=self.rank == 0)
         if spoiled:
-            good = checkpoint.newest_valid(self.run_dir)
             raise NonFiniteLossError(
                 f"{len(spoiled)} parameters are not finite after update {self.update} ({spoiled[0]}, ...), so nothing "
-                f"was saved. Last good checkpoint: {good or 'none yet'}. Resume with a lower optim.base_lr or with "
+                f"was saved. Last good checkpoint: {self._last_good()}. Resume with a lower optim.base_lr or with "
                 "optim.clip_grad."
             )
         return weights
@@ -253,14 +260,11 @@ class Trainer:
         """Means over the ranks, fetched from the device in one go (collective)."""
         if not losses:
             return {}
-        mean = torch.stack(list(losses.values())) / self.world_size
-        dist.all_reduce(mean)
-        return dict(zip(losses, mean.tolist(), strict=True))
+        return dict(zip(losses, launch.mean(torch.stack(list(losses.values()))).tolist(), strict=True))
 
     def _write_summary(self, finished: bool) -> None:
         """What was reached, and every file that was replaced, over all ranks and since the run's first start."""
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, (self.loader.bad_files, self.loader.replaced))
+        found = launch.all_gather((self.loader.bad_files, self.loader.replaced))
         if self.rank:
             return
         bad_files = dict(self._earlier.get("bad_files", {}))
@@ -273,7 +277,7 @@ class Trainer:
             "parameters": self._parameters,
             "replaced_samples": self._earlier.get("replaced_samples", 0) + sum(replaced for _, replaced in found),
             "bad_files": bad_files,
-            **({"best": self.best} if self.validation else {}),
+            **({"best": self.best} if self.validate else {}),
         }
         write_text(self.run_dir / SUMMARY, json.dumps(summary, indent=1))
 
@@ -313,64 +317,6 @@ class Trainer:
                 "rank %d replaced %d samples of %d bad files:\n%s",
                 self.rank, self.loader.replaced, len(self.loader.bad_files), names,
             )  # fmt: skip
-
-
-class LossGuard:
-    """Looks at a loss before the update without idling the device.
-
-    The copy to the host is queued behind the forward pass; by the time it is read the backward pass is queued
-    too, so that waiting for it leaves the device busy.
-    """
-
-    def __init__(self, loss: Tensor) -> None:
-        self._event = None
-        self._host = loss.detach()
-        if loss.device.type == "cuda":
-            self._host = torch.empty_like(self._host, device="cpu", pin_memory=True)
-            self._host.copy_(loss.detach(), non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    @property
-    def value(self) -> float:
-        if self._event is not None:
-            self._event.synchronize()
-        return float(self._host)
-
-    def is_finite(self) -> bool:
-        return abs(self.value) < float("inf")
-
-
-class StopSignal:
-    """SIGTERM (or Ctrl-C, once), agreed on by all ranks at the same update.
-
-    The agreement of one update is fetched at the next, so that nobody waits for it.
-    """
-
-    def __init__(self, world_size: int) -> None:
-        self._received = False
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
-        self._pending: tuple[Any, Tensor] | None = None
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self._received = True
-        if number == signal.SIGINT:  # the second one interrupts at once
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def requested(self) -> bool:
-        """Whether to stop now; every rank gets the same answer. Called once per update."""
-        if self._group is None:
-            return self._received
-        agreed = False
-        if self._pending is not None:
-            work, flag = self._pending
-            work.wait()
-            agreed = bool(flag.item())
-        flag = torch.tensor(int(self._received))
-        self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
-        return agreed
 
 
 def step_seed(seed: int, update: int, micro: int, rank: int) -> int:

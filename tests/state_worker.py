@@ -14,7 +14,7 @@ import torch
 from mvd_fast.config_file import load_config
 from mvd_fast.engine import backward, start_engine
 from mvd_fast.models import build_model
-from mvd_fast.train import distributed
+from mvd_fast.training import launch
 from mvd_kernels import tube_mask
 
 
@@ -46,7 +46,7 @@ def measure(config_file: str, stage: int, precision: str, accumulation: int) -> 
     gc.collect()
     before = storages()  # kept, so that no address is used again
     network = build_model(model, config.teachers)
-    ranks = int(os.environ["WORLD_SIZE"])
+    ranks = launch.world_size()
     engine = start_engine(network, config, config.batch.size // accumulation // ranks, accumulation)
     most = 0
     for update in range(2):
@@ -63,7 +63,7 @@ def measure(config_file: str, stage: int, precision: str, accumulation: int) -> 
 if __name__ == "__main__":
     config_file, out, *cases = sys.argv[1:]
     found = {}
-    with distributed():
+    with launch.init_process_group():
         for case in cases:
             stage, precision, accumulation = case.split("-")
             found[case] = measure(config_file, int(stage), precision, int(accumulation))

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from mvd_fast.config_file import load_config
-from mvd_fast.train import distributed
 from mvd_fast.trainer import Trainer
+from mvd_fast.training import launch
 
 config_file, out, *stages = sys.argv[1:]
-with distributed():
+with launch.init_process_group():
     for stage in stages:
         folder = json.dumps(str(Path(out) / f"zero{stage}"))
         settings = [f"run_dir={folder}", f"deepspeed.zero_optimization.stage={stage}"]

@@ -29,7 +29,7 @@ from mvd_fast.demo.digits import FRAMES, MOTIONS, SIZE, DigitSet, is_written, wr
 from mvd_fast.errors import UserError
 from mvd_fast.files import SUMMARY, WEIGHTS, write_text
 from mvd_fast.machine import cpu_name, has_fast_bf16
-from mvd_fast.train import choose_accelerator
+from mvd_fast.training import launch
 
 RUNS = ("image_teacher", "video_teacher", "student")
 RESUMABLE = 143  # exit status of a training that SIGTERM stopped
@@ -177,7 +177,7 @@ class Demo:
         for override in self._overrides(name):
             command += ["--set", override]
         environment = dict(os.environ)
-        choose_accelerator(environment)
+        launch.choose_accelerator(environment)
         # So small a network gains nothing from a second thread; the decoder has the other half of the cores.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
         start = time.monotonic()

@@ -13,6 +13,7 @@ from mvd_fast.arguments import add_network_arguments, positive
 from mvd_fast.data import ava_files
 from mvd_fast.errors import UserError
 from mvd_fast.files import make_folder, write_text
+from mvd_fast.training import launch
 
 from .ava import MOST, FrameMap, frame_map
 
@@ -58,9 +59,8 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     root = args.root or str(Path(args.annotations).absolute().parent)
     scenes = scenes_of(people, classes, excluded, root, args.proposals or args.annotations, with_labels=False)
     make_folder(out.parent)
-    from . import ranks
 
-    with ranks.joined() as rank:
+    with launch.init_process_group(alone=False) as rank:
         found, left_out = _with_progress(model, config, scenes, sorted(actions), args, rank)
     if rank:
         return 0
@@ -147,10 +147,10 @@ def detect(
     from mvd_fast.data.pipeline import PipelineSpec
     from mvd_fast.data.sampling import SampleKey
 
-    from . import ranks
     from .frozen import batches_of, samples_of
+    from .results import gather_results
 
-    mine = ranks.share(len(scenes))
+    mine = launch.shard(len(scenes))
     crop = replace(crops.from_config(config), mode="whole", flip=0.0)
     clip = config.model.num_frames, config.data.sampling_rate, True, crop, frozenset()
     kind = AvaKind(
@@ -177,7 +177,7 @@ def detect(
                 best = np.argsort(-scores, kind="stable")[:MOST]
                 person, action = np.divmod(best, len(actions))
                 found[mine[number]] = scene.boxes[person], columns[action] + 1, scores[best]
-    found, left_out = ranks.gathered(found, left_out, len(scenes), "key frames")
+    found, left_out = gather_results(found, left_out, len(scenes), "key frames")
     frames = [scenes[number].frame for number, (_, _, scores) in found.items() for _ in scores]
     boxes, numbers, scores = (np.concatenate(parts) for parts in zip(*found.values(), strict=True))
     return Boxes(frames, boxes=boxes, actions=numbers, scores=scores), left_out
@@ -196,13 +196,11 @@ def _with_progress(
 
     from mvd_fast.teachers import DTYPES
 
-    from . import ranks
-
-    device = ranks.device(args.device)
+    device = launch.device(args.device)
     model = model.to(device, DTYPES[args.precision])
     console = Console(stderr=True, highlight=False, quiet=rank > 0)
     with Progress(console=console) as bar:
-        task = bar.add_task(ranks.title("key frames"), total=len(ranks.share(len(scenes))))
+        task = bar.add_task(launch.title("key frames"), total=len(launch.shard(len(scenes))))
         found, left_out = detect(
             model, config, scenes, actions, device, args.batch, args.threads, lambda: bar.advance(task)
         )

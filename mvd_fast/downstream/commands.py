@@ -15,6 +15,7 @@ from mvd_fast.arguments import add_checkpoint_arguments, add_network_arguments, 
 from mvd_fast.data.lists import Entry, ListError, read_dataset
 from mvd_fast.errors import UserError
 from mvd_fast.files import make_folder, write_text, written_aside
+from mvd_fast.training import launch
 
 from .probe import NEIGHBOURS, TEMPERATURE, AttentiveSettings
 
@@ -202,14 +203,13 @@ class _Opened:
 
 def _open(args: argparse.Namespace) -> _Opened:
     """The network on its device."""
-    import torch
     from rich.console import Console
 
     from mvd_fast.teachers import DTYPES
 
     from .backbone import load_backbone
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = launch.device(args.device)
     backbone, clips, description = load_backbone(
         args.checkpoint,
         heads=args.heads,

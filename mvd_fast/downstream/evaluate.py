@@ -17,6 +17,7 @@ from mvd_fast.config import EvaluationConfig
 from mvd_fast.data.lists import class_folders
 from mvd_fast.errors import UserError
 from mvd_fast.files import make_folder, write_text, written_aside
+from mvd_fast.training import launch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mvd_fast.data.kinds.labelled import read_labelled
     from mvd_fast.teachers import DTYPES
 
-    from . import ranks
-
     network, clips, views, description = load_classifier(args)
     classes = network.head.out_features
     if names and len(names) != classes:
@@ -46,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     entries = read_labelled(args.data, args.root, classes)
     if args.out:
         make_folder(args.out)
-    with ranks.joined() as rank:
-        device = ranks.device(args.device)
+    with launch.init_process_group(alone=False) as rank:
+        device = launch.device(args.device)
         network = network.to(device, DTYPES[args.precision]).eval()
         found = _with_progress(network, clips, views, entries, device, args, rank)
     if rank:
@@ -169,11 +168,10 @@ def _with_progress(network, clips, views, entries, device, args, rank: int) -> P
     from rich.console import Console
     from rich.progress import Progress
 
-    from . import ranks
     from .views import predict
 
     with Progress(console=Console(stderr=True, highlight=False), disable=rank > 0) as bar:
-        task = bar.add_task(ranks.title("videos"), total=len(ranks.share(len(entries))))
+        task = bar.add_task(launch.title("videos"), total=len(launch.shard(len(entries))))
         return predict(
             network, clips, views, entries, device,
             dtype=next(network.parameters()).dtype, batch=args.batch, threads=args.threads,

@@ -17,10 +17,11 @@ from mvd_fast.data.kinds.labelled import read_labelled
 from mvd_fast.data.lists import Entry
 from mvd_fast.data.pipeline import PipelineSpec
 from mvd_fast.errors import UserError
+from mvd_fast.training import launch
 
-from . import ranks
 from .backbone import Preprocessing
 from .frozen import MultiView, batches_of, samples_of
+from .results import gather_results
 
 TOP = 5
 
@@ -85,7 +86,7 @@ def predict(
     predictions. `on_file` is called once per video of this rank. Raises UserError if no video can be used, or if
     scores are not finite.
     """
-    mine = ranks.share(len(entries))
+    mine = launch.shard(len(entries))
     bad: dict[str, str] = {}
     sums: dict[int, Tensor] = {}
     crop = Crop("center", clips.image_size, (), (1.0, 1.0), 0.0, clips.mean, clips.std)
@@ -101,7 +102,7 @@ def predict(
             for number, score in zip(numbers, scores, strict=True):
                 sums[mine[number]] = sums[mine[number]] + score if mine[number] in sums else score
     means = {number: (total / kind.views).numpy() for number, total in sums.items()}
-    means, bad = ranks.gathered(means, bad, len(entries), "videos")
+    means, bad = gather_results(means, bad, len(entries), "videos")
     stacked = torch.from_numpy(np.stack(list(means.values())))
     found = [entries[number] for number in means]
     if not (finite := stacked.isfinite().all(1)).all():

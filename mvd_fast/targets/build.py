@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -30,39 +29,33 @@ from mvd_fast.targets.store import (
     roles,
     shard_path,
 )
+from mvd_fast.training import launch
 
 DEFAULT_BATCH = 16
 
 
 def build_store(config: RunConfig, batch: int | None, rows_per_shard: int | None, shard: str | None) -> None:
     """Builds, or goes on with, this process's part of a config's store. batch: clips at a time."""
-    device = _device()
+    device = launch.device()
     batch = batch or config.batch.micro or DEFAULT_BATCH
     Builder(config, device, batch, rows_per_shard, *_share(shard)).run()
 
 
 def verify_store(config: RunConfig) -> int:
     """The rows of a complete store, all of them as written; raises UserError where they are not."""
-    source, _ = build_source(config, _device(), DEFAULT_BATCH)
+    source, _ = build_source(config, launch.device(), DEFAULT_BATCH)
     return TargetStore(config, source.paths).verify()
 
 
 def _share(option: str | None) -> tuple[int, int]:
     """(number, of how many): from `--shard`, else the launcher's rank."""
     if option is None:
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        place = launch.placement()
+        return place.rank, place.world_size
     found = re.fullmatch(r"(\d+)/(\d+)", option)
     if not found or int(found[1]) >= int(found[2]):
         raise ConfigError(f"--shard: got {option!r}; it must be I/N with I from 0 to N - 1, such as 0/4")
     return int(found[1]), int(found[2])
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
 
 
 @dataclass(frozen=True)

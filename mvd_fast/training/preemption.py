@@ -1,0 +1,37 @@
+"""Stopping on a signal: every rank saves after the same update."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import torch
+
+from . import launch
+
+
+class PreemptionHandler:
+    """SIGTERM (or Ctrl-C, once) on any rank, agreed on by all ranks at the same update.
+
+    With several ranks the agreement of one update is read after the next, so that nobody waits for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._received = False
+        self._pending: launch.AnyRank | None = None
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._received = True
+        if number == signal.SIGINT:  # the second one interrupts at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def requested(self) -> bool:
+        """Whether to stop now; every rank gets the same answer. Called once per update (collective)."""
+        if launch.world_size() == 1:
+            return self._received
+        agreed = self._pending is not None and self._pending.result()
+        self._pending = launch.AnyRank(torch.full((), self._received, dtype=torch.bool, device=self._device))
+        return agreed
