@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -39,20 +37,7 @@ def test_state_is_what_two_cpu_ranks_hold(tmp_path: Path) -> None:
     content["deepspeed"]["zero_optimization"] |= small
     config_file, out = tiny_runs.write_config(tmp_path / "c.json", content), tmp_path / "out.json"
     command = [sys.executable, str(Path(__file__).with_name("state_worker.py")), str(config_file), str(out), *CASES]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**tiny_runs.environment(), **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
+    for rank in tiny_runs.start_ranks(command):
         status, output = tiny_runs.finish(rank)
         assert status == 0, output
     for case, measured in json.loads(out.read_text()).items():

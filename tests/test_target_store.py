@@ -210,11 +210,35 @@ def test_two_processes_make_what_one_makes(made, tmp_path):
     assert (tmp_path / "manifest.json").read_bytes() == (made.store / "manifest.json").read_bytes()
 
 
-def test_ranks_of_a_launcher_share_the_work(made, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "4")
+SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+
+
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE", "LOCAL_RANK"), SLURM, OPEN_MPI])
+def test_ranks_of_a_launcher_share_the_work(made, tmp_path, monkeypatch, names):
+    for name, value in zip(names, ("2", "4", "0"), strict=True):
+        monkeypatch.setenv(name, value)
     cache(made.file, "--set", f"teachers.cache.path={tmp_path}")
     assert sorted(contents(tmp_path)) == ["shard-00002.safetensors", "shard-00006.safetensors"]
+
+
+@pytest.mark.parametrize("names", [SLURM, OPEN_MPI])
+def test_two_tasks_at_once_make_what_one_makes(made, tmp_path, names):
+    """As srun and mpirun start them: no meeting point, no rank but in the launcher's own variables."""
+    words = ["--config", str(made.file), "--rows-per-shard", "6", "--batch", "4"]
+    words += ["--set", f"teachers.cache.path={tmp_path}"]
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mvd_fast.cli", "teachers", "cache", *words],
+            env={**tiny_runs.environment(), **dict(zip(names, (str(number), "2", str(number)), strict=True))},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    outputs = [task.communicate(timeout=tiny_runs.TIMEOUT)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert "3/3" not in outputs[1] and "clips x" in outputs[0] and "clips x" not in outputs[1]
+    assert contents(tmp_path) == contents(made.store)
 
 
 def test_killed_and_gone_on(made, tmp_path):

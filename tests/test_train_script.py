@@ -1,4 +1,4 @@
-"""`train.py` as a script: which rank it is, and what it tells DeepSpeed."""
+"""What DeepSpeed is given, and the seeds of steps."""
 
 from __future__ import annotations
 
@@ -6,39 +6,8 @@ import pytest
 import tiny_runs
 
 from mvd_fast.config import RunConfig
-from mvd_fast.config_file import ConfigError
 from mvd_fast.engine import deepspeed_config
-from mvd_fast.train import _adopt_ranks
 from mvd_fast.trainer import step_seed
-
-MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
-
-
-@pytest.mark.parametrize(
-    ("told", "rank", "size", "local"),
-    [
-        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", **MASTER}, "5", "8", "1"),
-        (
-            {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3", **MASTER},
-            *("3", "4", "3"),
-        ),
-        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SLURM_STEP_NUM_TASKS": "8", **MASTER}, "2", "4", "0"),
-        # A batch script without srun: one process, whatever the job was given.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, "0", "1", "0"),
-        ({}, "0", "1", "0"),
-    ],
-)
-def test_ranks_are_taken_from_whoever_started_us(told: dict[str, str], rank: str, size: str, local: str) -> None:
-    environment = dict(told)
-    _adopt_ranks(environment)
-    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == (rank, size, local)
-    assert environment["MASTER_ADDR"] and int(environment["MASTER_PORT"]) > 0
-
-
-def test_tasks_without_a_meeting_point_are_refused() -> None:
-    with pytest.raises(ConfigError, match="one of 8 tasks, but MASTER_ADDR and MASTER_PORT are not set"):
-        _adopt_ranks({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"})
-
 
 @pytest.mark.parametrize(
     ("precision", "accumulation", "stage", "expected"),

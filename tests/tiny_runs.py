@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,23 @@ def environment() -> dict[str, str]:
 def start(config_file: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mvd_fast.train", "--config", str(config_file), *arguments]
     return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def start_ranks(command: list[str], count: int = 2) -> list[subprocess.Popen[str]]:
+    """The same command as ranks of one group, without a launcher, which would end the others when one ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(count)}
+    return [
+        subprocess.Popen(
+            command,
+            env={**environment(), **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
