@@ -9,6 +9,7 @@ from mvd_fast.config import RunConfig
 from mvd_fast.engine import deepspeed_config
 from mvd_fast.trainer import step_seed
 
+
 @pytest.mark.parametrize(
     ("precision", "accumulation", "stage", "expected"),
     [("bf16", 4, 1, "fp32"), ("bf16", 1, 1, None), ("bf16", 4, 0, None), ("fp32", 4, 2, None)],
