@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from mvd_fast.errors import UserError
 
-from .files import WEIGHTS, fsync, write_text, written_aside
+from .files import WEIGHTS, fsync, seal, write_text, written_aside
 from .training import launch
 
 log = logging.getLogger(__name__)
@@ -187,11 +187,7 @@ def _list(root: Path) -> list[Path]:
 
 
 def _seal(path: Path) -> dict[str, dict[str, Any]]:
-    files = {}
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        fsync(file)
-        files[str(file.relative_to(path))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    return files
+    return {str(file.relative_to(path)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in seal(path)}
 
 
 def _sha256(file: Path) -> str:

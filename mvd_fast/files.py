@@ -37,7 +37,11 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     make_folder(path.parent)
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # as the umask and the folder have it
+        aside.unlink()
         yield aside
+        aside.chmod(mode)  # safetensors makes files for their owner alone
         fsync(aside)
         os.replace(aside, path)
     finally:
@@ -59,8 +63,7 @@ def folder_written_aside(path: str | Path, replaceable: Collection[str] = ()) ->
     try:
         aside.mkdir()
         yield aside
-        for file in aside.iterdir():
-            fsync(file)
+        seal(aside)
         fsync(aside)
         if path.exists():
             os.replace(path, old)
@@ -71,6 +74,16 @@ def folder_written_aside(path: str | Path, replaceable: Collection[str] = ()) ->
             os.replace(old, path)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def seal(folder: str | Path) -> list[Path]:
+    """The folder's files, also those further down, in order, each on the disk and with the mode of the umask."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    for file in files:
+        # A new file may be read and written by whom the umask lets enter and change its new folder.
+        file.chmod(file.parent.stat().st_mode & 0o666)
+        fsync(file)
+    return files
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -111,6 +112,13 @@ def test_damaged_checkpoints_are_passed_over(
     (before / checkpoint.MANIFEST).unlink()
     with pytest.raises(checkpoint.CheckpointError, match="manifest"):
         checkpoint.verify(before)
+
+
+def test_every_file_of_a_run_has_the_umasks_mode(uninterrupted: Path) -> None:
+    os.umask(umask := os.umask(0))
+    files = [path for path in uninterrupted.rglob("*") if path.is_file()]
+    assert any(path.name == WEIGHTS and "checkpoints" in path.parts for path in files)
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
 
 
 def test_resuming_with_other_settings_is_refused_in_one_sentence(

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from mvd_fast.config import RunConfig, TeacherConfig
@@ -241,7 +241,7 @@ class ShardWriter:
         # One entry: safetensors does not keep the order of several, and equal stores shall be equal byte for byte.
         metadata = {"mvd_fast": json.dumps({**body, "digest": _digest_of(body)})}
         with written_aside(self.path) as aside:
-            aside.write_bytes(save(self._tensors, metadata))  # save_file's files are for their owner alone
+            save_file(self._tensors, aside, metadata)
 
 
 def _checksum(values: np.ndarray, scale: np.ndarray) -> int:
