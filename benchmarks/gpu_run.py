@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -96,6 +97,18 @@ def results(report: Path, finished: bool) -> dict:
     return {name: counts[name] for name in COUNTS} | {"failures": failures}
 
 
+def test_files() -> dict[str, list[str]]:
+    """Files and pytest's arguments for each: the operators' whole, of the engine's what is marked `gpu`."""
+    operators = [f"tests/test_{name}.py" for name in mvd_kernels.operators()]
+    chosen: dict[str, list[str]] = {file: [] for file in operators if Path(file).is_file()}
+    engine = [str(file) for file in sorted(Path("tests").glob("test_*.py")) if "pytest.mark.gpu" in file.read_text()]
+    engine = [file for file in engine if file not in chosen]
+    if find_spec("pydantic") is None:
+        print(f"left out, as pydantic is not installed here: {', '.join(engine)}", flush=True)
+        return chosen
+    return chosen | {file: ["-m", "gpu"] for file in engine}
+
+
 def total(parts: dict[str, dict]) -> dict[str, int]:
     return {name: sum(part[name] for part in parts.values()) for name in COUNTS}
 
@@ -130,11 +143,11 @@ def first_line(*command: str) -> str | None:
 def run_all(deadline: float, arguments: Sequence[str], scratch: Path) -> dict:
     """Tests side by side, for at most half of the time, as they wait for compilers more than for the GPU; then the
     benchmarks one after another, each with its share of what is left."""
-    files = [f"tests/test_{name}.py" for name in mvd_kernels.operators()]
-    files = [file for file in files if Path(file).is_file()]
+    chosen = test_files()
     half = (deadline - time.monotonic()) / 2
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tests = dict(zip(files, pool.map(lambda file: run(file, half, arguments, scratch), files), strict=True))
+        found = pool.map(lambda file: run(file, half, [*chosen[file], *arguments], scratch), chosen)
+        tests = dict(zip(chosen, found, strict=True))
     benchmarks = {}
     files = sorted(map(str, Path("benchmarks").glob("bench_*.py")))
     for number, file in enumerate(files):

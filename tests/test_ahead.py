@@ -132,6 +132,7 @@ def test_where_no_teachers_run_it_is_refused(tmp_path: Path) -> None:
         load_config("demo/video_teacher", ["teachers.ahead=true"])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_losses_are_the_same() -> None:
     device = torch.device("cuda")

@@ -38,6 +38,20 @@ def test_the_json_has_what_passed_and_what_failed(tmp_path):
     assert found["rows"] == []
 
 
+def test_the_engines_tests_for_a_gpu_run_there(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.chdir(SCRIPT.parents[1])
+    import gpu_run
+
+    chosen = gpu_run.test_files()
+    marked = {"tests/test_ahead.py", "tests/test_launch.py"}
+    assert marked <= {file for file, arguments in chosen.items() if arguments == ["-m", "gpu"]}
+    assert chosen["tests/test_attention.py"] == [] and "tests/test_training.py" not in chosen
+    monkeypatch.setattr(gpu_run, "find_spec", lambda name: None)
+    assert not marked & set(gpu_run.test_files())
+    assert "left out, as pydantic is not installed here: tests/test_ahead.py" in capsys.readouterr().out
+
+
 def test_results_of_a_report(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     import gpu_run

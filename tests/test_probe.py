@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,15 @@ from video_files import write_video
 from mvd_fast import cli
 from mvd_fast.data.kinds.video import VideoKind
 from mvd_fast.data.lists import Entry
+from mvd_fast.downstream import evaluate
 from mvd_fast.downstream.attentive import attentive_scores
 from mvd_fast.downstream.backbone import load_backbone
 from mvd_fast.downstream.frozen import ViewKind, frozen_features
 from mvd_fast.downstream.probe import AttentiveSettings, knn_scores, top_k
+from mvd_fast.errors import UserError
+from mvd_fast.interop.convert import convert
 from mvd_fast.models import ImageTeacher, MaskedVideoStudent, VideoClassifier, VideoMAE
+from mvd_fast.models.detector import ActionDetector
 
 CPU = torch.device("cpu")
 HEADS = {"num_heads": ENCODER["num_heads"]}
@@ -68,18 +73,21 @@ def expected_tokens(kind: str, model: torch.nn.Module, video: torch.Tensor) -> t
         return model.encode(video)
     if kind == "videomae":
         return model.encoder(video, normed=True)
+    if kind == "detector":
+        return model.norm(*model.encode_tubes(video, model.pos_embed))[1]
     frames = video[:, :, ::2].transpose(1, 2)
     each = [model.norm(*model.encode(frame))[1][:, 1:] for frame in frames.unbind(1)]
     return torch.cat(each, 1)
 
 
-@pytest.mark.parametrize("kind", ["student", "videomae", "mae"])
+@pytest.mark.parametrize("kind", ["student", "videomae", "mae", "detector"])
 def test_tokens_equal_the_trained_networks(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     model = {
         "student": student,
         "videomae": lambda: VideoMAE(**ENCODER, **CLIP, **DECODER),
         "mae": lambda: ImageTeacher(**ENCODER),
+        "detector": lambda: ActionDetector(**ENCODER, **CLIP, num_classes=5),
     }[kind]().eval()
     for value in model.parameters():
         value.data += 0.01 * torch.randn_like(value) * value.requires_grad
@@ -97,6 +105,31 @@ def test_a_classifiers_features_are_what_its_head_sees(tmp_path: Path) -> None:
     video = torch.randn(2, 3, 8, 32, 32)
     torch.testing.assert_close(backbone.pool(backbone.tokens(video)), model.features(video).detach())
     assert "5 classes" in description
+
+
+@torch.no_grad()
+def test_a_detectors_encoder_keeps_its_final_norm_wherever_it_goes(tmp_path: Path) -> None:
+    """From its run, from its file alone, which says nothing but names, and after `convert` to every layout."""
+    torch.manual_seed(0)
+    model = ActionDetector(**ENCODER, **CLIP, num_classes=5).eval()
+    model.norm.weight.data.uniform_(0.5, 2)
+    run = save_run(tmp_path / "run", model, "detector")
+    alone = shutil.copy(run / "model.safetensors", tmp_path / "alone.safetensors")
+    video = torch.randn(2, 3, 8, 32, 32)
+    expected = expected_tokens("detector", model, video)
+    sources = [run, Path(alone)]
+    for layout, name in (("mvd", "m.safetensors"), ("timm", "t.pth"), ("hf", "h")):
+        (line, *_, last) = convert(run, tmp_path / name, layout)
+        assert "action detector" in line and last.startswith("wrote")
+        sources.append(tmp_path / name)
+    for source in sources:
+        backbone, *_ = load_backbone(source, heads=2)
+        torch.testing.assert_close(backbone.tokens(video), expected)
+        torch.testing.assert_close(backbone.pool(backbone.tokens(video)), expected.mean(1))
+    whole = load_file(tmp_path / "m.safetensors")
+    assert all(torch.equal(whole[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(UserError, match=r"is an action detector, .*; test it with `mvd-fast ava-evaluate`"):
+        evaluate.main([str(run), "--data", str(tmp_path / "list.txt")])
 
 
 # ---- features of files ----

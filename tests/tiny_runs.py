@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mvd_fast.demo.digits import DigitSet, write_digit_set
 from mvd_fast.models import ImageTeacher, VideoTeacher
 
 ENCODER = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -24,6 +23,8 @@ TIMEOUT = 500  # seconds; a run takes about ten on quiet cores
 
 def write_inputs(folder: Path, clips: int = 40) -> Path:
     """Clips, their list and two random teachers; returns the folder."""
+    from mvd_fast.demo.digits import DigitSet, write_digit_set  # with PyAV, which tests on a GPU do without
+
     write_digit_set(folder, DigitSet(train=clips, test=8, seed=0))
     torch.manual_seed(1)
     video = {**ENCODER, **CLIP}

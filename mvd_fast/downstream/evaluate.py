@@ -81,6 +81,8 @@ def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, Preprocessing,
     from .views import Views
 
     found, _, network, faults = read_network(args.checkpoint, args.heads, args.positions)
+    if network.kind == "detector":
+        raise WeightsError(f"{args.checkpoint} is an {network.describe()}; test it with `mvd-fast ava-evaluate`")
     if network.kind != "classifier":
         raise WeightsError(
             f"{args.checkpoint} is a {network.describe()}, no classifier; fine-tune it first (mvd-fast finetune), or "

@@ -138,6 +138,8 @@ def text(network: Network, source: str, folder: str, own_classes: bool) -> str:
 def _sentence(network: Network) -> str:
     if network.kind == "classifier":
         return "A video ViT with joint space-time attention: mean over tokens, LayerNorm, linear classifier"
+    if network.kind == "detector":
+        return "The encoder of a video ViT trained to detect actions, its final LayerNorm applied; no head is included"
     by = "masked pixel reconstruction (VideoMAE)" if network.positions == "1d" else "masked video distillation (MVD)"
     norm = "its final LayerNorm applied" if "norm.weight" in network.state else "without a final LayerNorm"
     return f"The encoder of a video ViT pre-trained by {by}, {norm}; pre-training decoders are not included"

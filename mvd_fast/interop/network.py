@@ -1,8 +1,8 @@
 """What a state dict is: the network, its sizes and its positions, read from names and shapes.
 
 The names used here ("ours") are the reference MVD's, whatever file a network came from: its encoder is `patch_embed`,
-`blocks`, `norm`, an image encoder's also `cls_token`; the classifier's end is `fc_norm`, `head`; everything else is a
-pre-training decoder's and keeps the name that it has in its own project.
+`blocks`, `norm`, an image encoder's also `cls_token`; the classifier's end is `fc_norm`, `head`, the detector's `head`;
+everything else is a pre-training decoder's and keeps the name that it has in its own project.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ TITLES = {
     "videomae": "VideoMAE",
     "mae": "image ViT (MAE)",
     "classifier": "video classifier",
+    "detector": "action detector",
     "encoder": "video encoder",
 }
 ENCODER = ("patch_embed.", "blocks.", "norm.", "cls_token", "pos_embed")
@@ -84,7 +85,8 @@ class Network:
 
     @property
     def head(self) -> dict[str, Tensor]:
-        return {n: v for n, v in self.state.items() if n.startswith(HEAD)}
+        """What classifies clips or images; a detector's judges boxes, and is nothing to other networks."""
+        return {} if self.kind == "detector" else {n: v for n, v in self.state.items() if n.startswith(HEAD)}
 
     @property
     def table(self) -> Tensor:
@@ -109,13 +111,14 @@ class Network:
 def recognise(state: Mapping[str, Tensor], facts: Mapping[str, Any], source: str) -> Network:
     """The network of a state dict with our names (tensors may be on the meta device).
 
-    facts: what came with the weights or was asked for, of `Sizes` and `positions`; needed for what shapes do not show.
+    facts: what came with the weights or was asked for, of `Sizes`, `positions` and `kind`; needed for what shapes do
+    not show.
     Raises WeightsError (a ValueError) that names `source` and the key or the option that is missing.
     """
     patch = _first(state, source, "patch_embed.proj.weight")
     if patch.ndim not in (4, 5):
         raise WeightsError(f"{source}: patch_embed.proj.weight {list(patch.shape)} is no 2-D or 3-D convolution")
-    kind = _kind(state)
+    kind = stored if (stored := facts.get("kind")) in TITLES else _kind(state)
     found = _read_sizes(kind, state, source)
     found["num_heads"] = _heads(found["embed_dim"], facts.get("num_heads"), source)
     positions, grid = _positions(kind, state, facts, found, source)
@@ -132,7 +135,10 @@ def _kind(state: Mapping[str, Tensor]) -> str:
         return "student"
     if any(name.startswith(("decoder.", "encoder_to_decoder.")) for name in state):
         return "videomae"
-    return "classifier" if any(name.startswith(HEAD) for name in state) else "encoder"
+    if not any(name.startswith(HEAD) for name in state):
+        return "encoder"
+    # A classifier norms what it has pooled, a detector every token.
+    return "detector" if "norm.weight" in state and "fc_norm.weight" not in state else "classifier"
 
 
 def _read_sizes(kind: str, state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
@@ -276,11 +282,18 @@ def _image(network: Network) -> nn.Module:
     return ImageTeacher(**sizes)
 
 
+def _detector(network: Network) -> nn.Module:
+    from mvd_fast.models.detector import ActionDetector  # with torchvision
+
+    return ActionDetector(**_sizes(network), num_classes=network.sizes.num_classes)
+
+
 _BUILDERS = {
     "student": _student,
     "videomae": lambda network: VideoMAE(**_sizes(network), **_decoder(network)),
     "mae": _image,
     "classifier": lambda network: VideoClassifier(**_sizes(network), num_classes=network.sizes.num_classes),
+    "detector": _detector,
     "encoder": lambda network: VideoEncoder(**_sizes(network)),
 }
 

@@ -117,7 +117,7 @@ def _facts_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
     model = config.get("model")
     if not isinstance(model, dict) or "kind" not in model:
         return {}
-    facts = {name: model[name] for name in ("num_heads", "image_size", "num_frames") if name in model}
+    facts = {name: model[name] for name in ("kind", "num_heads", "image_size", "num_frames") if name in model}
     # Our networks' positions: VideoMAE's are 1-D, all other video networks' are MVD's.
     facts |= {} if model["kind"] == "mae" else {"positions": "1d" if model["kind"] == "videomae" else "3d"}
     facts |= {"evaluation": config["evaluation"]} if "evaluation" in config else {}

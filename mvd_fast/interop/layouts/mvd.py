@@ -12,7 +12,7 @@ from ..network import Network
 from ..storage import Source, save_weights
 
 FOLDER = False
-HOLDS = "MVD's students and classifiers and MAE's image ViTs as a whole, of VideoMAE the encoder"
+HOLDS = "MVD's students, classifiers and detectors and MAE's image ViTs as a whole, of VideoMAE the encoder"
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
@@ -26,7 +26,7 @@ def read(source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def select(network: Network) -> dict[str, Tensor]:
     """Students store their table, so that one of another kind is kept by storing it; classifiers have 3-D positions."""
-    if network.kind in ("student", "mae"):
+    if network.kind in ("student", "mae", "detector"):
         return dict(network.state)
     if network.kind == "classifier":
         return {**network.encoder, **network.head}
