@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mvd_fast.config_file import load_config
-from mvd_fast.engine import backward, start_engine
 from mvd_fast.models import build_model
-from mvd_fast.optim import set_lr
+from mvd_fast.training.engine import backward, start_engine
+from mvd_fast.training.optim import set_lr
 
 pytest.importorskip("deepspeed")
 

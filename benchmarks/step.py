@@ -30,16 +30,16 @@ from yardstick import distillation_losses
 
 from mvd_fast.config import RunConfig, TeacherConfig
 from mvd_fast.config_file import load_config
-from mvd_fast.engine import backward, start_engine
 from mvd_fast.files import write_text
 from mvd_fast.machine import cpu_name
 from mvd_fast.models import ImageTeacher, VideoTeacher, build_model
 from mvd_fast.objectives.distillation import DistillationObjective, assemble
-from mvd_fast.optim import build_optimizer
 from mvd_fast.targets.ahead import targets_ahead
 from mvd_fast.teachers import DTYPES, to_precision
-from mvd_fast.telemetry import PhaseTimer
 from mvd_fast.training import launch
+from mvd_fast.training.engine import backward, start_engine
+from mvd_fast.training.metrics import PhaseTimer
+from mvd_fast.training.optim import build_optimizer
 from mvd_kernels import tube_mask
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -54,8 +54,8 @@ def main(
 def _run(config: RunConfig, resume: str) -> int:
     with launch.init_process_group():
         from mvd_fast.downstream.views import Validation
-        from mvd_fast.trainer import Trainer
         from mvd_fast.training.finite import NonFiniteLossError
+        from mvd_fast.training.trainer import Trainer
 
         validate = Validation(config, launch.device()).run if config.evaluation.list else None
         try:

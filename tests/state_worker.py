@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from mvd_fast.config_file import load_config
-from mvd_fast.engine import backward, start_engine
 from mvd_fast.models import build_model
 from mvd_fast.training import launch
+from mvd_fast.training.engine import backward, start_engine
 from mvd_kernels import tube_mask
 
 

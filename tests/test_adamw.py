@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvd_fast import adamw
-from mvd_fast.adamw import GradientSums, MasterAdamW, gradient_norm, round_parameters
+from mvd_fast.training import adamw
+from mvd_fast.training.adamw import GradientSums, MasterAdamW, gradient_norm, round_parameters
 
 HYPER = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8}
 

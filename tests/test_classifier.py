@@ -15,7 +15,7 @@ from mvd_fast.interop.encoder import load_encoder
 from mvd_fast.interop.weights import WeightsError
 from mvd_fast.models import VideoClassifier, VideoMAE, build_model
 from mvd_fast.models.layers import run_blocks
-from mvd_fast.optim import build_optimizer
+from mvd_fast.training.optim import build_optimizer
 
 MODEL = ModelConfig(kind="classifier", **ENCODER, **CLIP, num_classes=5, drop_path=0.2, head_dropout=0.5)
 

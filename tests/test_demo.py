@@ -15,12 +15,12 @@ import teacher_8bit
 import tiny_runs
 import torch
 
-from mvd_fast import checkpoint
 from mvd_fast.config_file import load_config
 from mvd_fast.demo import digits
 from mvd_fast.demo import run as demo_run
 from mvd_fast.downstream.features import clip_features, slice_similarity
 from mvd_fast.downstream.probe import linear_probe
+from mvd_fast.training import checkpoint
 
 SET = digits.DigitSet(train=32, test=16, seed=3)
 DEMO_TIMEOUT = 1000  # seconds; it takes about 80 on two quiet cores

@@ -23,7 +23,7 @@ from mvd_fast.models import (
     VideoTeacher,
 )
 from mvd_fast.objectives import DistillationObjective, PixelObjective
-from mvd_fast.optim import is_decayed, layer_scale, parameter_groups
+from mvd_fast.training.optim import is_decayed, layer_scale, parameter_groups
 
 DATA = Path(__file__).parent / "data"
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}

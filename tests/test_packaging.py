@@ -51,25 +51,12 @@ ALLOWED = {
         "mvd_fast.training.launch",
         "mvd_kernels",
     },
-    "mvd_fast.adamw": set(),
-    "mvd_fast.optim": {"mvd_fast.adamw"},
-    "mvd_fast.engine": {"mvd_fast.adamw", "mvd_fast.optim"},
-    "mvd_fast.checkpoint": {"mvd_fast.training.launch"},
-    "mvd_fast.averages": {"mvd_fast.checkpoint", "mvd_fast.engine"},
-    "mvd_fast.telemetry": set(),
-    "mvd_fast.training": {"mvd_fast.training.launch"},
-    "mvd_fast.trainer": {
-        "mvd_fast.averages",
-        "mvd_fast.checkpoint",
+    "mvd_fast.training": {
         "mvd_fast.config_file",
         "mvd_fast.data",
-        "mvd_fast.engine",
         "mvd_fast.objectives",
-        "mvd_fast.optim",
         "mvd_fast.targets",
         "mvd_fast.teachers",
-        "mvd_fast.telemetry",
-        "mvd_fast.training",
         "mvd_fast.training.launch",
     },
     "mvd_fast.downstream": {
@@ -82,7 +69,7 @@ ALLOWED = {
         "mvd_kernels",
     },
     "mvd_fast.planning": {
-        "mvd_fast.adamw",
+        "mvd_fast.training",
         "mvd_fast.config_file",
         "mvd_fast.models",
         "mvd_fast.objectives",
@@ -93,7 +80,6 @@ ALLOWED = {
     "mvd_fast.train": {
         "mvd_fast.config_file",
         "mvd_fast.downstream",
-        "mvd_fast.trainer",
         "mvd_fast.training",
         "mvd_fast.training.launch",
     },

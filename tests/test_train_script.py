@@ -6,8 +6,8 @@ import pytest
 import tiny_runs
 
 from mvd_fast.config import RunConfig
-from mvd_fast.engine import deepspeed_config
-from mvd_fast.trainer import step_seed
+from mvd_fast.training.engine import deepspeed_config
+from mvd_fast.training.trainer import step_seed
 
 
 @pytest.mark.parametrize(

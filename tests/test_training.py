@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from video_files import real_clips
 
-from mvd_fast import checkpoint, trainer
 from mvd_fast.config import RunConfig
 from mvd_fast.files import WEIGHTS
 from mvd_fast.models import VideoTeacher
+from mvd_fast.training import checkpoint, trainer
 
 UPDATES = 10
 

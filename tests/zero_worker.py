@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from mvd_fast.config_file import load_config
-from mvd_fast.trainer import Trainer
 from mvd_fast.training import launch
+from mvd_fast.training.trainer import Trainer
 
 config_file, out, *stages = sys.argv[1:]
 with launch.init_process_group():

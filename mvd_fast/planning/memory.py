@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mvd_fast.adamw import BUCKET
 from mvd_fast.config import RunConfig
+from mvd_fast.training.adamw import BUCKET
 
 MOMENTS = 8  # bytes a parameter: exp_avg and exp_avg_sq, float32
 FP32 = 4

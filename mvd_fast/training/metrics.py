@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .files import write_text
+from mvd_fast.files import write_text
 
 # Seconds between two lines where there is no terminal to redraw.
 QUIET_INTERVAL = 20.0

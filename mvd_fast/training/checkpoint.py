@@ -25,9 +25,9 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import save_file
 
 from mvd_fast.errors import UserError
+from mvd_fast.files import WEIGHTS, fsync, seal, write_text, written_aside
 
-from .files import WEIGHTS, fsync, seal, write_text, written_aside
-from .training import launch
+from . import launch
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mvd_fast.config import OptimConfig
+
 from .adamw import MasterAdamW
-from .config import OptimConfig
 
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvd_fast.telemetry import PhaseTimer, ProgressLine, RunLog, measure_peak
+from mvd_fast.training.metrics import PhaseTimer, ProgressLine, RunLog, measure_peak
 
 CPU = torch.device("cpu")
 

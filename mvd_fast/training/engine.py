@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvd_fast.config import RunConfig
+
 from .adamw import GradientSums, MasterAdamW, gradient_norm, round_parameters
-from .config import RunConfig
 from .optim import build_optimizer
 
 

@@ -12,24 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
-from .averages import WeightAverage
-from .config import RunConfig
-from .config_file import check_batch, save_config
-from .data import build_loader
+from mvd_fast.config import RunConfig
+from mvd_fast.config_file import check_batch, save_config
+from mvd_fast.data import build_loader
+from mvd_fast.errors import UserError
+from mvd_fast.files import BEST, SUMMARY, WEIGHTS, write_text
+from mvd_fast.machine import has_fast_bf16
+from mvd_fast.objectives import build_objective
+from mvd_fast.targets.ahead import targets_ahead
+from mvd_fast.targets.store import open_targets
+from mvd_fast.teachers import DTYPES
+
+from . import checkpoint, launch
+from .ema import WeightAverage
 from .engine import backward, full_weights, local_gradient_norm, start_engine
-from .errors import UserError
-from .files import BEST, SUMMARY, WEIGHTS, write_text
-from .machine import has_fast_bf16
-from .objectives import build_objective
+from .finite import FiniteCheck, NonFiniteLossError
+from .metrics import LossWindow, PhaseTimer, ProgressLine, RunLog, measure_peak
 from .optim import learning_rate, set_lr
-from .targets.ahead import targets_ahead
-from .targets.store import open_targets
-from .teachers import DTYPES
-from .telemetry import LossWindow, PhaseTimer, ProgressLine, RunLog, measure_peak
-from .training import launch
-from .training.finite import FiniteCheck, NonFiniteLossError
-from .training.preemption import PreemptionHandler
+from .preemption import PreemptionHandler
 
 log = logging.getLogger(__name__)
 
