@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mvd_fast import cli, trainer
+from mvd_fast import cli
 from mvd_fast.config import RunConfig
 from mvd_fast.config_checks import (
     DATA_OF_MODEL,
@@ -22,6 +22,7 @@ from mvd_fast.config_checks import (
 from mvd_fast.config_file import list_recipes, load_config
 from mvd_fast.config_reference import REGISTRIES, reference, setting_names
 from mvd_fast.planning.dry_run import objective_without_memory
+from mvd_fast.training import trainer
 
 ROOT = Path(__file__).parents[1]
 SETTINGS_PAGE = ROOT / "docs" / "settings.md"
