@@ -41,10 +41,11 @@ DALI_CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})  # others need NVDEC or PyA
 DALI_GPU_CODECS = DALI_CPU_CODECS | {"h264", "hevc", "av1"}
 
 # Formats without presentation times; what FFmpeg gives out as such is made up.
-CLOCKLESS = frozenset({"avi", "h264", "hevc", "obu", "m4v", "mpegvideo", "mjpeg", "rawvideo"})
+CLOCKLESS = frozenset({"avi", "asf", "h264", "hevc", "obu", "m4v", "mpegvideo", "mjpeg", "rawvideo"})
 
 MISSING_SHARE = 0.05  # of the promised duration or frames; containers round, so less than that is no truncation
 MISSING_FRAMES = 2
+JUMP = 0.25  # seconds
 ENTRIES_APART = 12  # frames; closer entries gain little and take memory for every file of a run
 
 # An entry: the first frame it shows, its place among the stream's packets, and what it is recognised by after a seek.
@@ -147,6 +148,7 @@ class _Scan:
     pictures: set[tuple[int, ...]] = field(default_factory=set)
     end: float = 0.0  # seconds, over all streams
     last: int | None = None  # dts
+    jumps: bool = False
     tick: Fraction = Fraction(0)  # seconds of a unit of time stamps
 
     def __post_init__(self) -> None:
@@ -171,6 +173,8 @@ class _Scan:
             self._look(packet)
         if packet.dts is not None:
             self.has_clock = self.has_clock and (self.last is None or packet.dts >= self.last)
+            # Where the clock jumps between frames that are put in order, their times do not tell the order.
+            self.jumps = self.jumps or (self.last is not None and (packet.dts - self.last) * packet.time_base > JUMP)
             self.last = packet.dts
         self.tick = packet.time_base
         self.packets += 1
@@ -219,8 +223,11 @@ class _Scan:
         frames = self.packets
         if rate and self.last is not None:  # packets of frames that only repeat may be left out of the file
             frames = max(frames, round((self.last * self.tick - Fraction(start, av.time_base)) * rate) + 1)
-        if self.stream.frames - frames > max(MISSING_FRAMES, MISSING_SHARE * self.stream.frames):
-            raise BadFile(f"is truncated: {frames} frames of the {self.stream.frames} its header promises")
+        # An edit list leaves frames out: the index has it in it, the number in the header has not.
+        indexed = len(self.stream.index_entries) if self.container.format.name.startswith("mov") else 0
+        most = indexed or self.stream.frames
+        if most - frames > max(MISSING_FRAMES, MISSING_SHARE * most):
+            raise BadFile(f"is truncated: {frames} frames of the {most} its header promises")
         if not duration or not rate or not self.end:
             return
         promised, there = duration / av.time_base, self.end - min(0.0, start / av.time_base)
@@ -255,7 +262,7 @@ class _Scan:
             entries=np.array(self.entries if certain else [begin], dtype=ENTRY),
             key_frames=self.key_frames if certain else 1,
             is_certain=certain,
-            is_steady=certain and self.steady and (self.has_clock or self.in_order),
+            is_steady=certain and self.steady and (self.in_order or (self.has_clock and not self.jumps)),
             in_order=self.in_order,
             is_plain=is_whole and is_plain(frame),
             start=start,
@@ -352,6 +359,8 @@ def _shown(
             is_damaged = has_begun
             continue
         for frame in frames:
+            if frame.is_corrupt and not has_begun:
+                continue
             is_damaged, has_begun = is_damaged and not frame.key_frame, True
             yield frame, is_damaged or frame.is_corrupt
 

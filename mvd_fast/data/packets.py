@@ -87,10 +87,19 @@ class IntraReader:
 
 
 class MjpegReader(IntraReader):
-    """Motion JPEG: the frame header (ITU-T T.81, B.2.2) tells the picture's size."""
+    """Motion JPEG: the frame header (ITU-T T.81, B.2.2) tells the picture's size. Not certain where it changes: a
+    decoder that begins at a lower picture than the container's takes it for a field."""
+
+    def __init__(self, extradata: bytes) -> None:
+        super().__init__(extradata)
+        self._size: tuple[int, ...] = ()
 
     def look(self, packet: Bytes) -> Shown:
-        return Shown(1, entry=True, picture=_jpeg_size(packet))
+        size = _jpeg_size(packet)
+        if all(size[1:]) and size:  # of a damaged header nothing follows
+            self.is_certain = self.is_certain and self._size in ((), size)
+            self._size = size
+        return Shown(1, entry=True, picture=size)
 
 
 def _jpeg_size(packet: Bytes) -> tuple[int, ...]:
@@ -502,6 +511,8 @@ class HevcReader(_NalReader):
         pictures, kind_of_picture = 0, 0
         for unit in self._units(packet):
             kind = unit[0] >> 1 & 63
+            if kind in (END_OF_SEQUENCE, END_OF_STREAM):  # two bytes long
+                self.is_certain = False
             if len(unit) < 3 or _hevc_layer(unit):
                 continue
             if 32 <= kind <= 34:
@@ -509,8 +520,6 @@ class HevcReader(_NalReader):
             elif kind < 32 and unit[2] >> 7:  # the first slice of a picture
                 pictures, kind_of_picture = pictures + 1, kind
                 self._judge(kind, unit)
-            elif kind in (END_OF_SEQUENCE, END_OF_STREAM):
-                self.is_certain = False
         entry = kind_of_picture in (*IDR, CRA) and pictures == 1
         return Shown(pictures, entry, leading=pictures if kind_of_picture in RASL else 0)
 
