@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mvd_fast.arguments import add_set_argument
 from mvd_fast.errors import UserError
+from mvd_fast.names import print_safely
 
 if TYPE_CHECKING:
     from mvd_fast.config import RunConfig
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The sentence of a `UserError` goes to stderr and the status is 2. Other exceptions keep their traceback, but for
     that of a reader who has left (`mvd-fast config list | head`).
     """
+    print_safely()
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()

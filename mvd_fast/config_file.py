@@ -22,6 +22,7 @@ from mvd_fast.config import RunConfig
 from mvd_fast.config_checks import ConfigError, check_batch, faults, missing_files, nearest
 from mvd_fast.errors import UserError
 from mvd_fast.files import write_text
+from mvd_fast.names import printable
 
 __all__ = [
     "ConfigError",
@@ -190,6 +191,9 @@ def _apply_override(tree: Json, override: str) -> None:
 
 def _checked(tree: Json) -> tuple[RunConfig | None, list[str]]:
     """The config, or None and one sentence for every fault."""
+    if odd := [(path, text) for path, text in _strings(tree) if not _is_utf8(text)]:
+        what = "is not UTF-8; rename it (names of files in lists and folders may be any bytes)"
+        return None, [f"{path}: '{printable(text)}' {what}" for path, text in odd]
     try:
         config = RunConfig.model_validate_json(json.dumps(tree), strict=True)
         sentences = faults(config)
@@ -214,6 +218,18 @@ def _report(found: list[tuple[str, str]]) -> str:
         return "\n  ".join([f"{source} has {len(found)} errors:", *(sentence for _, sentence in found)])
     lines = [": ".join(filter(None, pair)) for pair in found]
     return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} errors:", *lines])
+
+
+def _strings(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every string in a tree, and where it is."""
+    if isinstance(tree, str):
+        yield path, tree
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield from _strings(value, f"{path}.{key}".removeprefix("."))
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _sentence(error: ErrorDetails) -> str:

@@ -87,9 +87,9 @@ def seal(folder: str | Path) -> list[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replaces the file as a whole."""
+    """Replaces the file as a whole. Names with bytes that are not UTF-8 are written as these bytes."""
     with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def fsync(path: str | Path) -> None:

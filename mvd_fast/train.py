@@ -21,6 +21,7 @@ from mvd_fast.arguments import add_train_arguments  # noqa: E402
 from mvd_fast.config import RunConfig  # noqa: E402
 from mvd_fast.config_file import ConfigError, config_from_arguments, missing_files  # noqa: E402
 from mvd_fast.errors import UserError  # noqa: E402
+from mvd_fast.names import print_safely  # noqa: E402
 from mvd_fast.training import launch  # noqa: E402
 
 
@@ -37,6 +38,7 @@ def main(
     parser = argparse.ArgumentParser(prog=program, description=purpose)
     add_train_arguments(parser)
     args = parser.parse_args(argv)
+    print_safely()
     rank = ""
     try:
         place = launch.placement()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_lists import ODD_NAMES
 
 from mvd_fast.data import ava_files
 from mvd_fast.data.ava_files import AvaError, Boxes, KeyFrame, Row
@@ -178,6 +180,19 @@ def test_detections_are_read_as_written(tmp_path: Path) -> None:
     assert read.actions.tolist() == [12, 80] and read.scores.tolist() == [0.875, 0.0001]
 
 
+@pytest.mark.parametrize("name", [name for name in ODD_NAMES if name.strip(b" ") == name], ids=repr)
+def test_videos_may_have_any_name(tmp_path: Path, name: bytes) -> None:
+    frame = KeyFrame(os.fsdecode(name), 902)
+    ava_files.write_detections(tmp_path / "found.csv", boxes((frame, LEFT, 12, 0.5)))
+    assert ava_files.read_detections(tmp_path / "found.csv").frames == [frame]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_rows_end_where_lines_end(tmp_path: Path, end: str) -> None:
+    (tmp_path / "out.csv").write_bytes(f"a\u2028b,0902{end}c\u0085d,0903{end}{end}".encode())
+    assert ava_files.read_exclusions(tmp_path / "out.csv") == {KeyFrame("a\u2028b", 902), KeyFrame("c\u0085d", 903)}
+
+
 def test_label_maps_of_both_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.pbtxt").write_text(
         'item {\n  name: "bend/bow (at the waist)"\n  id: 1\n}\nitem {\n  name: "sit"\n  id: 11\n}\n'
@@ -222,8 +237,14 @@ def test_bad_rows_are_one_sentence(row: str, sentence: str, tmp_path: Path) -> N
 def test_bad_files_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(AvaError, match=r"none\.csv cannot be read: No such file"):
         ava_files.read_detections(tmp_path / "none.csv")
-    (tmp_path / "x.csv").write_bytes(b"v,\xff")
-    with pytest.raises(AvaError, match="not UTF-8"):
+    (tmp_path / "x.csv").write_text("v,902", encoding="utf-16")
+    with pytest.raises(AvaError, match="is UTF-16 text; save it as UTF-8"):
+        ava_files.read_exclusions(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_bytes(b"v,902\0")
+    with pytest.raises(AvaError, match="is no text file"):
+        ava_files.read_exclusions(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text('v,902\n"' + "w" * 200_000)
+    with pytest.raises(AvaError, match=r"x\.csv, line 2: field larger"):
         ava_files.read_exclusions(tmp_path / "x.csv")
     (tmp_path / "map.pbtxt").write_text("item { id: 3 }")
     with pytest.raises(AvaError, match="entry 1: it must have a name and an id"):

@@ -15,6 +15,7 @@ from PIL import Image
 from video_files import assert_same, loader_of, run_config, take, write_broken, write_list, write_video
 
 from mvd_fast.data.loader import TooManyBadFiles
+from mvd_fast.data.quarantine import write_quarantine
 from mvd_fast.data.source import NoUsableFile
 
 
@@ -75,8 +76,7 @@ def test_quarantined_files_are_replaced_alike_and_do_not_count_as_bad(broken_lis
     copied = tmp_path / "list.txt"
     copied.write_text(listed.read_text())
     known = [name for name in words if not name.startswith("holes")]
-    quarantine = "".join(f"{listed.parent / name}\tbroken\n" for name in known)
-    (tmp_path / "list.txt.quarantine.txt").write_text("# comment\n" + quarantine)
+    write_quarantine(str(copied), {str(listed.parent / name): "broken" for name in known})
     config = run_config(copied, batch=8, root=str(listed.parent), max_bad_share=0.05)
     with closing(loader_of(config, micro=8)) as loader:
         found = list(itertools.islice(loader.batches(0), 5))

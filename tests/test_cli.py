@@ -256,6 +256,6 @@ def test_a_fault_of_our_own_code_keeps_its_traceback_and_a_users_error_is_one_se
     listed.write_text('"never closed.mp4 0\n')
     assert cli.main(["data", "check", str(listed)]) == 2
     assert "is never closed" in capsys.readouterr().err
-    monkeypatch.setattr(lists, "parse_line", lambda line: tuple(zip("a", "bc", strict=True)))
+    monkeypatch.setattr(lists, "parse_line", lambda line, exists: tuple(zip("a", "bc", strict=True)))
     with pytest.raises(ValueError, match="longer"):
         cli.main(["data", "check", str(listed)])

@@ -13,8 +13,8 @@ from video_files import write_broken, write_video
 
 from mvd_fast.data import check, index
 from mvd_fast.data.check import advise, check_list, main
-from mvd_fast.data.index import FileFacts, load_index, save_index, write_whole
-from mvd_fast.data.lists import ListError
+from mvd_fast.data.index import FileFacts, load_index, save_index
+from mvd_fast.data.lists import ListError, write_beside
 from mvd_fast.data.quarantine import read_quarantine
 
 
@@ -118,10 +118,10 @@ def test_the_quarantine_goes_when_nothing_is_bad(tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text("a_vp9.webm 0\n")
     assert by_name(quiet(listed).bad) == {"a_vp9.webm": "cannot be read: No such file or directory"}
-    assert Path(f"{listed}.quarantine.txt").exists()
+    assert Path(f"{listed}.quarantine.jsonl").exists()
     write_video(tmp_path / "a_vp9.webm", 4)
     assert not quiet(listed).bad
-    assert not Path(f"{listed}.quarantine.txt").exists()
+    assert not Path(f"{listed}.quarantine.jsonl").exists()
 
 
 def test_image_folders_are_scanned_too(tmp_path):
@@ -154,7 +154,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert target.read_text() == before
     assert os.listdir(tmp_path) == ["list.index.json"]
     with pytest.raises(ValueError, match="cannot be written"):
-        write_whole(str(tmp_path / "none" / "x"), "text")
+        write_beside(str(tmp_path / "none" / "x"), "text")
 
 
 def test_advice_names_what_is_slow_and_how_to_re_encode():
@@ -176,7 +176,7 @@ def test_the_command_prints_and_returns_whether_all_is_well(dataset, capsys):
     printed = capsys.readouterr().out
     for name in words:
         assert name in printed
-    assert "8 unusable" in printed and "quarantine.txt" in printed
+    assert "8 unusable" in printed and "quarantine.jsonl" in printed
     good = listed.parent / "good.txt"
     good.write_text("whole_vp9.webm 0\n")
     assert main([str(good)]) == 0

@@ -25,10 +25,18 @@ PACKAGES = {"mvd_fast": ROOT / "mvd_fast", "mvd_kernels": ROOT / "kernels" / "mv
 
 # What each part may import besides itself and the base, lowest first: every module of ours is in one, and a part comes
 # after those that it imports. `training.launch` is a part of its own: who it is and where, a process asks everywhere.
-BASE = {"mvd_fast.errors", "mvd_fast.config", "mvd_fast.files", "mvd_fast.arguments", "mvd_fast.machine"}
+BASE = {
+    "mvd_fast.errors",
+    "mvd_fast.names",
+    "mvd_fast.config",
+    "mvd_fast.files",
+    "mvd_fast.arguments",
+    "mvd_fast.machine",
+}
 ALLOWED = {
     "mvd_kernels": set(),
     "mvd_fast.errors": set(),
+    "mvd_fast.names": set(),
     "mvd_fast.config": set(),
     "mvd_fast.files": set(),
     "mvd_fast.arguments": set(),
@@ -54,6 +62,7 @@ ALLOWED = {
     "mvd_fast.training": {
         "mvd_fast.config_file",
         "mvd_fast.data",
+        "mvd_fast.interop",
         "mvd_fast.objectives",
         "mvd_fast.targets",
         "mvd_fast.teachers",
@@ -71,6 +80,7 @@ ALLOWED = {
     "mvd_fast.planning": {
         "mvd_fast.training",
         "mvd_fast.config_file",
+        "mvd_fast.data",
         "mvd_fast.models",
         "mvd_fast.objectives",
         "mvd_fast.targets",

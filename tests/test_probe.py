@@ -257,7 +257,7 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(folder:
 @pytest.mark.parametrize(
     ("train", "test", "options", "sentence"),
     [
-        ("a.webm 0\na.webm\n", "a.webm 0\n", [], r"train\.txt: .*a\.webm has no label"),
+        ("a.webm 0\na.webm\n", "a.webm 0\n", [], r"train\.txt, line 2: no label; write `path label`"),
         ("a.webm 0\n", "a.webm 0\n", [], r"train\.txt has usable clips of one class only"),
         ("a.webm 0\na.webm 1\n", "a.webm 2\n", [], r"test\.txt has 1 classes that .*train\.txt has no .*: 2"),
         ("a.webm 0\na.webm 1\n", "a.webm 1\n", [], r"has 2 usable clips, fewer than the 20 neighbours"),

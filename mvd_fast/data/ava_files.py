@@ -7,6 +7,7 @@ x1, y1, x2, y2 as shares of the frame's width and height, from its upper left co
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import numpy as np
 
 from mvd_fast.errors import UserError
 from mvd_fast.files import written_aside
+from mvd_fast.names import printable, read_text
 
 NO_ACTION = 0  # of proposals; AVA's actions count from 1
 FARTHEST = 2.0  # a detector's box may leave the frame a little; one that goes farther is in pixels
@@ -141,7 +143,7 @@ def read_label_map(path: str | Path) -> dict[int, str]:
     Each entry, `item { ... }` or `label { ... }`, has a name and an id or label_id. What the map lists is what is
     evaluated: the one made for ActivityNet has the 60 classes of the benchmark, the full one all 80. Raises AvaError.
     """
-    entries = re.findall(r"\w+\s*\{([^{}]*)\}", _read_text(path))
+    entries = re.findall(r"\w+\s*\{([^{}]*)\}", read_text(path, AvaError))
     actions: dict[int, str] = {}
     for number, entry in enumerate(entries, start=1):
         name = re.search(r"\bname\s*:\s*([\"'])(.*?)\1", entry)
@@ -159,8 +161,9 @@ def read_label_map(path: str | Path) -> dict[int, str]:
 def write_detections(path: str | Path, detections: Boxes) -> None:
     """Writes what `read_detections` and the official evaluation read; proposals leave
     the action empty. The file is complete or absent."""
-    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        returns = any("\r" in frame.video for frame in detections.frames)  # which Python quotes from 3.13 on
+        writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL)
         rows = zip(detections.frames, detections.boxes, detections.actions, detections.scores, strict=True)
         for (video, second), box, action, score in rows:
             writer.writerow([video, f"{second:04d}", *(f"{side:.6f}" for side in box), action or "", f"{score:.7g}"])
@@ -168,22 +171,13 @@ def write_detections(path: str | Path, detections: Boxes) -> None:
 
 def _parsed(path: str | Path, parse: Callable[[list[str]], Parsed]) -> Iterator[Parsed]:
     """Every row that is not blank; what `parse` finds wrong is raised with file and line."""
-    for number, fields in enumerate(csv.reader(_read_text(path).splitlines()), start=1):
-        if not fields:
-            continue
-        try:
-            yield parse(fields)
-        except UserError as error:
-            raise AvaError(f"{path}, line {number}: {error}") from None
-
-
-def _read_text(path: str | Path) -> str:
+    rows = csv.reader(io.StringIO(read_text(path, AvaError), newline=""))
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise AvaError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise AvaError(f"{path} cannot be read: {error.strerror or error}") from error
+        for fields in rows:
+            if fields:
+                yield parse(fields)
+    except (UserError, csv.Error) as error:
+        raise AvaError(f"{printable(path)}, line {rows.line_num}: {error}") from None
 
 
 def _require_some(path: str | Path, rows: list[Row], what: str) -> list[Row]:
@@ -198,9 +192,9 @@ def _require_columns(fields: list[str], counts: tuple[int, ...], meaning: str) -
 
 
 def _key_frame(fields: list[str]) -> KeyFrame:
-    if not fields[0].strip():
+    if not (video := fields[0].strip(" \t")):
         raise UserError("the video's name is empty")
-    return KeyFrame(fields[0].strip(), _whole("timestamp", fields[1]))
+    return KeyFrame(video, _whole("timestamp", fields[1]))
 
 
 def _whole(what: str, text: str) -> int:

@@ -16,7 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mvd_fast.data import images, media
 from mvd_fast.data.index import FileFacts, is_fresh, load_index, save_index, scan_files
 from mvd_fast.data.lists import read_dataset, side_file
+from mvd_fast.data.overview import Overview, overview
 from mvd_fast.data.quarantine import quarantine_path, write_quarantine
+from mvd_fast.names import printable
 
 LONG_GOP = 32  # frames; a random clip decodes half of this before its first frame
 SHORT_SIDE = (256, 320)  # pixels; more is thrown away by the resize to 224
@@ -31,6 +33,7 @@ class CheckReport:
     scanned: int  # the rest was known from the index
     bad: dict[str, str]  # path -> reason
     codecs: dict[str, int]
+    overview: Overview = field(default_factory=Overview)
     advice: list[str] = field(default_factory=list)
     index: str = ""
     quarantine: str = ""
@@ -47,10 +50,11 @@ def check_list(
     """Scan every file of a list or folder that the index beside it does not know yet.
 
     `min_frames`: shorter videos are set aside as too short. `decode`: decode every frame instead of trusting the
-    container. Writes `<list>.index.json` and `<list>.quarantine.txt`; an interrupted scan keeps what it has seen.
-    Raises ListError (a ValueError) when the list itself is missing or malformed.
+    container. Writes `<list>.index.json`, `<list>.quarantine.jsonl`, and `classes.txt` where a list names classes; an
+    interrupted scan keeps what it has seen. Raises ListError when the list itself is missing or malformed.
     """
-    entries = read_dataset(train, root, media.VIDEO_EXTENSIONS + images.IMAGE_EXTENSIONS)
+    extensions = media.VIDEO_EXTENSIONS + images.IMAGE_EXTENSIONS
+    entries = read_dataset(train, root, extensions)
     paths = list(dict.fromkeys(entry.path for entry in entries))
     index_path = side_file(train, "index.json")
     known = load_index(index_path)
@@ -59,12 +63,14 @@ def check_list(
     _scan(paths, known, index_path, decode, processes or min(os.cpu_count() or 1, 16), console or Console(stderr=True))
     bad = {path: reason for path in paths if (reason := _why_unusable(known[path], min_frames))}
     write_quarantine(train, bad)
-    good = [known[path] for path in paths if path not in bad]
+    usable = {path: known[path] for path in paths if path not in bad}
+    good = list(usable.values())
     return CheckReport(
         files=len(paths),
         scanned=scanned,
         bad=bad,
         codecs=dict(Counter(facts.codec for facts in good).most_common()),
+        overview=overview(train, entries, usable, extensions),
         advice=advise(good),
         index=index_path,
         quarantine=quarantine_path(train),
@@ -167,10 +173,14 @@ def _why_unusable(facts: FileFacts, min_frames: int) -> str:
 def _print(report: CheckReport, console: Console) -> None:
     codecs = ", ".join(f"{count} {codec}" for codec, count in report.codecs.items())
     console.print(f"{report.files} files, {report.scanned} scanned now, {len(report.bad)} unusable; {codecs or 'none'}")
-    for path, reason in report.bad.items():
-        console.print(f"  {path}: {reason}", markup=False)
-    for line in report.advice:
-        console.print(f"- {line}", markup=False)
-    console.print(f"index: {report.index}", markup=False)
+    lines = [
+        *(f"  {printable(path)}: {reason}" for path, reason in report.bad.items()),
+        *report.overview.facts,
+        *(f"warning: {line}" for line in report.overview.warnings),
+        *(f"- {line}" for line in report.advice),
+        f"index: {printable(report.index)}",
+    ]
     if report.bad:
-        console.print(f"training leaves out what is named in {report.quarantine}", markup=False)
+        lines.append(f"training leaves out what is named in {printable(report.quarantine)}")
+    for line in lines:
+        console.print(line, markup=False)

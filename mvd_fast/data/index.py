@@ -15,8 +15,7 @@ import numpy as np
 
 from mvd_fast.data import images, media
 from mvd_fast.data.containers import BadFile, read_bytes
-from mvd_fast.errors import UserError
-from mvd_fast.files import write_text
+from mvd_fast.data.lists import write_beside
 
 VERSION = 3  # one more whenever a scan judges files differently
 INLINE_BELOW = 64  # files; starting processes takes longer than scanning these
@@ -101,17 +100,7 @@ def load_index(path: str) -> dict[str, FileFacts]:
 def save_index(path: str, files: dict[str, FileFacts]) -> None:
     """Write the index; readers see the old one or the new one, never a part."""
     content = {"version": VERSION, "files": {name: asdict(facts) for name, facts in files.items()}}
-    write_whole(path, json.dumps(content))
-
-
-def write_whole(path: str, text: str) -> None:
-    """Replace a file beside a list as a whole. Raises UserError where the folder does not allow it."""
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}); copy the list to a folder of your own"
-        ) from error
+    write_beside(path, json.dumps(content))
 
 
 def is_fresh(facts: FileFacts | None, path: str, decode: bool) -> bool:

@@ -24,6 +24,7 @@ from mvd_fast.data.quarantine import quarantine_path, read_quarantine
 from mvd_fast.data.sampling import SampleKey
 from mvd_fast.data.source import Choice, Readers, Sample, Schedule, Source
 from mvd_fast.errors import UserError
+from mvd_fast.names import printable
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def build_source(
     )
     quarantine = read_quarantine(config.data.train)
     if quarantine:
-        logger.info("%d files are set aside by %s", len(quarantine), quarantine_path(config.data.train))
+        logger.info("%d files are set aside by %s", len(quarantine), printable(quarantine_path(config.data.train)))
     return Source(paths, kind, frozenset(quarantine)), spec
 
 
@@ -113,7 +114,8 @@ def _require_some_present(paths: list[str], train: str) -> None:
     some = paths[:: -(-len(paths) // LOOK_FOR_MISSING)]
     if not any(os.path.exists(path) for path in some):
         raise UserError(
-            f"none of {len(some)} files looked for from all over {train} exists, for instance {some[0]}; "
+            f"none of {len(some)} files looked for from all over {printable(train)} exists, for instance "
+            f"{printable(some[0])}; "
             "set data.root to the folder that the list's paths start from"
         )
 
@@ -186,7 +188,7 @@ class Loader:
     def _note_bad(self, path: str, reason: str) -> None:
         if path not in self.bad_files:
             self.bad_files[path] = reason
-            logger.warning("%s %s; another file is shown in its place", path, reason)
+            logger.warning("%s %s; another file is shown in its place", printable(path), reason)
 
     def _require_few_bad(self) -> None:
         """The share is taken of the files seen so far, or of the whole list (up to JUDGED_FROM) if that is more."""
@@ -194,11 +196,12 @@ class Loader:
         bad = list(self.bad_files.items())
         if len(bad) <= self.data.max_bad_share * judged:
             return
-        some = "; ".join(f"{path} {reason}" for path, reason in bad[:3])
+        some = "; ".join(f"{printable(path)} {reason}" for path, reason in bad[:3])
+        train = printable(self.data.train)
         raise TooManyBadFiles(
-            f"{len(bad)} of {judged} files of {self.data.train} are unusable, more than the share data.max_bad_share "
+            f"{len(bad)} of {judged} files of {train} are unusable, more than the share data.max_bad_share "
             f"{self.data.max_bad_share:g} allows ({some}{'; ...' if len(bad) > 3 else ''}); run `mvd-fast data check "
-            f"{self.data.train}`, which names them all and sets them aside, or raise data.max_bad_share"
+            f"{train}`, which names them all and sets them aside, or raise data.max_bad_share"
         )
 
 
@@ -283,7 +286,7 @@ class _Producer:
             if culprits.keys() & self._suspects.keys():  # not the decoder's failure
                 break
             for path, reason in culprits.items():
-                logger.warning("%s: DALI cannot decode it (%s); trying without DALI", path, reason)
+                logger.warning("%s: DALI cannot decode it (%s); trying without DALI", printable(path), reason)
             self._suspects.update(culprits)
             if culprits:
                 return

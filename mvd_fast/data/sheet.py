@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mvd_fast.files import written_aside
+from mvd_fast.names import printable
 
 COLUMNS = 8
 MARGIN, GAP, LINE, LABEL = 16, 4, 22, 22  # pixels
@@ -107,11 +108,6 @@ def _beside(page: Page, position: int) -> Image.Image:
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
-
-
-def printable(text: str) -> str:
-    """The text with escapes for line ends, bytes that are not UTF-8, and others that no font has."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _wrapped(text: str, size: int, width: int) -> list[str]:

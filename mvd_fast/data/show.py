@@ -25,6 +25,7 @@ from mvd_fast.data.sheet import Page, write_animation, write_sheet
 from mvd_fast.data.source import Sample, Schedule
 from mvd_fast.errors import UserError
 from mvd_fast.files import written_aside
+from mvd_fast.names import printable
 
 GREY = 128  # of masked tubes
 MIXED_AT_ONCE = 16  # clips; where a recipe mixes them, those of a batch are mixed with each other
@@ -74,7 +75,7 @@ def decode_file(path: str, wanted: str) -> tuple[np.ndarray, np.ndarray]:
         index = parse_frames(wanted, info.frames, path)
         return media.decode_frames(path, index, info), index
     except BadFile as error:
-        raise UserError(f"{path} {error}") from error
+        raise UserError(f"{printable(path)} {error}") from error
 
 
 def parse_frames(wanted: str, count: int, path: str) -> np.ndarray:
@@ -91,7 +92,7 @@ def parse_frames(wanted: str, count: int, path: str) -> np.ndarray:
         if single is not None and -count <= int(single) < count:
             found = (int(single) % count,)
         if not found:
-            raise UserError(f"{path} has no frame {part.strip()}: its frames are 0 to {count - 1}")
+            raise UserError(f"{printable(path)} has no frame {part.strip()}: its frames are 0 to {count - 1}")
         numbers.extend(found)
     return np.array(numbers, dtype=np.int64)
 
@@ -115,7 +116,7 @@ def is_media(path: str) -> bool:
         with open(path, "rb") as file:
             return b"\0" in file.read(4096)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{printable(path)} cannot be read: {error.strerror or error}") from error
 
 
 def shows_images(train: str, root: str) -> bool:
@@ -150,7 +151,7 @@ def _loader(config: RunConfig, samples: int, file: str) -> Loader:
         try:
             source.facts(file)
         except BadFile as error:
-            raise UserError(f"{file} {error}") from error
+            raise UserError(f"{printable(file)} {error}") from error
     clips = min(samples, len(source.paths), MIXED_AT_ONCE) if _mixes(config) else 1
     repeats, cache = config.augment.repeats, config.teachers.cache
     views = cache.views if cache.path else None
@@ -192,7 +193,7 @@ def _pictured(
     lines = [
         f"seed {key.seed}, epoch {key.epoch}, index {key.index} of {len(loader.paths)}"
         + (f", copy {key.copy}" if loader.schedule.repeats > 1 else ""),
-        *(f"in place of {loader.paths[index]}: {reason}" for index, reason in sample.choice.passed_over),
+        *(f"in place of {printable(loader.paths[index])}: {reason}" for index, reason in sample.choice.passed_over),
         f"{_described(facts)}; {_cut(config, kind.crop, facts, key)}",
         f"decoded by {_decoder(loader, sample, facts, path)}",
         *_added(row, config, loader.schedule.micro),

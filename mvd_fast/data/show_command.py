@@ -10,6 +10,7 @@ from mvd_fast.arguments import add_set_argument, positive
 from mvd_fast.config import RunConfig
 from mvd_fast.config_file import load_config
 from mvd_fast.errors import UserError
+from mvd_fast.names import printable
 
 # Whose settings hold where no config is named: 16 frames, every 4th, multiscale crop of 224, 90 % masked; MAE's.
 RECIPES = {"video": "vits_from_vitb", "image": "mae_vits"}
@@ -30,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _save_frames(chosen: argparse.Namespace) -> int:
-    from mvd_fast.data.sheet import printable
     from mvd_fast.data.show import is_media, save_frames
 
     if os.path.isdir(chosen.list) or not is_media(chosen.list):
@@ -43,7 +43,6 @@ def _save_frames(chosen: argparse.Namespace) -> int:
 
 
 def _show_samples(chosen: argparse.Namespace) -> int:
-    from mvd_fast.data.sheet import printable
     from mvd_fast.data.show import is_media, show_samples
 
     file = chosen.list if os.path.isfile(chosen.list) and is_media(chosen.list) else ""

@@ -18,6 +18,7 @@ from mvd_fast.data import media, sampling
 from mvd_fast.data.kinds import Annotated, Inputs, Kind
 from mvd_fast.data.sampling import SampleKey
 from mvd_fast.errors import UserError
+from mvd_fast.names import printable
 
 MAX_REPLACEMENTS = 64  # with half of the files bad, running out has a chance of 2^-64
 
@@ -118,9 +119,9 @@ class Source:
                 passed_over.append((candidate.index, str(error)))
             else:
                 return Sample(Choice(candidate, tuple(passed_over)), inputs, extra)
-        some = "; ".join(f"{self.paths[index]} {reason}" for index, reason in passed_over[:3])
+        some = "; ".join(f"{printable(self.paths[index])} {reason}" for index, reason in passed_over[:3])
         raise NoUsableFile(
-            f"{self.paths[key.index]} and the {MAX_REPLACEMENTS} files tried in its place are all unusable"
+            f"{printable(self.paths[key.index])} and the {MAX_REPLACEMENTS} files tried in its place are all unusable"
             f"{f' ({some}; ...)' if some else ''}; run `mvd-fast data check` on the list to see every reason"
         )
 

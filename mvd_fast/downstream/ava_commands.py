@@ -13,6 +13,7 @@ from mvd_fast.arguments import add_network_arguments, positive
 from mvd_fast.data import ava_files
 from mvd_fast.errors import UserError
 from mvd_fast.files import make_folder, write_text
+from mvd_fast.names import printable
 from mvd_fast.training import launch
 
 from .ava import MOST, FrameMap, frame_map
@@ -205,7 +206,7 @@ def _with_progress(
             model, config, scenes, actions, device, args.batch, args.threads, lambda: bar.advance(task)
         )
     for path, reason in left_out.items():
-        console.print(f"left out: {path} {reason}", markup=False, soft_wrap=True)
+        console.print(f"left out: {printable(path)} {reason}", markup=False, soft_wrap=True)
     return found, left_out
 
 

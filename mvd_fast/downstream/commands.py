@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mvd_fast.arguments import add_checkpoint_arguments, add_network_arguments, positive
+from mvd_fast.data.labels import Labelled, read_labelled, together, with_numbers
 from mvd_fast.data.lists import Entry, ListError, read_dataset
 from mvd_fast.errors import UserError
 from mvd_fast.files import make_folder, write_text, written_aside
+from mvd_fast.names import printable
 from mvd_fast.training import launch
 
 from .probe import NEIGHBOURS, TEMPERATURE, AttentiveSettings
@@ -37,13 +39,14 @@ def probe_main(argv: Sequence[str] | None = None) -> int:
     args = _probe_parser().parse_args(argv)
     kinds = _choices(args.kind)
     seeds = _seeds(args.seeds)
-    train_entries = _labelled(args.train, args.root)
-    test_entries = _labelled(args.test, args.root)
-    _check_classes(train_entries, test_entries, args)
+    train = _labelled(args.train, args.root)
+    test = _labelled(args.test, args.root)
+    test = test.numbered_as(train.classes, args.train, "put a classes.txt beside it, one name a line")
+    _check_classes(train.entries, test.entries, args)
     if args.out:
         make_folder(Path(args.out).parent)
     opened = _open(args)
-    sides = [_extract(opened, side, args, "attentive" in kinds) for side in (train_entries, test_entries)]
+    sides = [_extract(opened, side.entries, args, "attentive" in kinds) for side in (train, test)]
     _check_classes(sides[0].entries, sides[1].entries, args)
     settings = AttentiveSettings(args.epochs, args.batch, args.lr, args.weight_decay)
     results = {kind: _run_probe(kind, *sides, args, opened, settings, seeds) for kind in kinds}
@@ -54,10 +57,14 @@ def probe_main(argv: Sequence[str] | None = None) -> int:
         "train": {"list": args.train, "clips": len(sides[0].entries), "left_out": sides[0].bad},
         "test": {"list": args.test, "clips": len(sides[1].entries), "left_out": sides[1].bad},
         "classes": len(np.unique(sides[0].labels)),
+        "class_names": list(train.classes) or None,
+        "test_labels": test.note or "as they are",
         "probes": results,
     }
     if args.out:
         write_text(args.out, json.dumps(report, indent=1))
+    if test.note:
+        opened.console.print(f"labels: {test.note}", markup=False, soft_wrap=True)
     _print_table(report)
     return _tell_left_out(opened.console, *sides)
 
@@ -113,13 +120,10 @@ def _attentive_runs(
     return scores
 
 
-def _labelled(path: str, root: str) -> list[Entry]:
-    entries = _entries(path, root)
-    if unlabelled := next((entry.path for entry in entries if entry.label is None), None):
-        raise ListError(
-            f"{path}: {unlabelled} has no label; write `path label` lines, or give a folder with one folder per class"
-        )
-    return entries
+def _labelled(path: str, root: str) -> Labelled:
+    from mvd_fast.data.media import VIDEO_EXTENSIONS
+
+    return read_labelled(path, root, VIDEO_EXTENSIONS)
 
 
 def _check_classes(train: Sequence[Entry], test: Sequence[Entry], args: argparse.Namespace) -> None:
@@ -160,18 +164,32 @@ def features_main(argv: Sequence[str] | None = None) -> int:
     args = _features_parser().parse_args(argv)
     if Path(args.out).suffix != ".safetensors":
         raise UserError(f"--out {args.out} must end in .safetensors")
-    entries = [entry for path in args.inputs for entry in _entries(path, args.root)]
+    entries, names = _inputs(args)
     make_folder(Path(args.out).parent)
     opened = _open(args)
     found = _extract(opened, entries, args, args.tokens)
-    _write_features(found, opened, args)
-    print(f"{args.out}: {len(found.entries)} videos, {found.pooled.shape[1]} features each")
+    _write_features(found, names, opened, args)
+    print(f"{printable(args.out)}: {len(found.entries)} videos, {found.pooled.shape[1]} features each")
     return _tell_left_out(opened.console, found)
 
 
-def _write_features(found: FrozenFeatures, opened: _Opened, args: argparse.Namespace) -> None:
+def _inputs(args: argparse.Namespace) -> tuple[list[Entry], tuple[str, ...]]:
+    """All videos, and the names of their classes by number; no labels of an input where some video has none."""
+    parts = [(path, _entries(path, args.root)) for path in args.inputs]
+    is_labelled = [all(entry.label is not None for entry in part) for _, part in parts]
+    joined = together([with_numbers(*part) for part, labelled in zip(parts, is_labelled, strict=True) if labelled])
+    numbered, entries = iter(joined.entries), []
+    for (_, part), labelled in zip(parts, is_labelled, strict=True):
+        entries += [next(numbered) if labelled else entry._replace(label=None) for entry in part]
+    return entries, joined.classes
+
+
+def _write_features(found: FrozenFeatures, names: Sequence[str], opened: _Opened, args: argparse.Namespace) -> None:
+    """names: of the classes of the videos, where they are known."""
     import torch
     from safetensors.torch import save_file
+
+    from mvd_fast.interop.storage import classes_metadata
 
     tensors = {"pooled": found.pooled}
     if found.tokens is not None:
@@ -179,11 +197,12 @@ def _write_features(found: FrozenFeatures, opened: _Opened, args: argparse.Names
     if all(entry.label is not None for entry in found.entries):
         tensors["labels"] = torch.from_numpy(found.labels)
     metadata = {
-        "checkpoint": str(args.checkpoint),
+        "checkpoint": printable(args.checkpoint),
         "network": opened.description,
         "preprocessing": json.dumps(asdict(opened.clips) | {"clips": args.clips}),
         "names": json.dumps([entry.path for entry in found.entries]),
         "left_out": json.dumps(found.bad),
+        **(classes_metadata(names) if "labels" in tensors else {}),
     }
     with written_aside(args.out) as aside:
         save_file(tensors, aside, metadata)
@@ -256,7 +275,7 @@ def _entries(path: str, root: str) -> list[Entry]:
 def _tell_left_out(console: Console, *sides: FrozenFeatures) -> int:
     bad = {path: reason for side in sides for path, reason in side.bad.items()}
     for path, reason in bad.items():
-        console.print(f"left out: {path} {reason}", markup=False, soft_wrap=True)
+        console.print(f"left out: {printable(path)} {reason}", markup=False, soft_wrap=True)
     return 1 if bad else 0
 
 

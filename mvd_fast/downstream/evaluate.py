@@ -14,17 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from mvd_fast.arguments import add_checkpoint_arguments, add_network_arguments, positive
 from mvd_fast.config import EvaluationConfig
-from mvd_fast.data.lists import class_folders
 from mvd_fast.errors import UserError
 from mvd_fast.files import make_folder, write_text, written_aside
+from mvd_fast.names import printable
 from mvd_fast.training import launch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mvd_fast.data.labels import Labelled
+
     from .backbone import Preprocessing
     from .views import Predictions, Views
 
+AS_THEY_ARE = "as they are"  # labels that needed no mapping
 FILES = ("summary.json", "predictions.jsonl", "per_class.csv", "confusion.png")
 
 
@@ -33,16 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.out and find_spec("matplotlib") is None:
         raise UserError("--out draws with matplotlib, which is not installed: `pip install matplotlib`")
-    names = _class_names(args)
 
-    from mvd_fast.data.kinds.labelled import read_labelled
     from mvd_fast.teachers import DTYPES
 
-    network, clips, views, description = load_classifier(args)
+    network, clips, views, description, known = load_classifier(args)
     classes = network.head.out_features
-    if names and len(names) != classes:
-        raise UserError(f"--classes {args.classes} has {len(names)} names, but the classifier has {classes} classes")
-    entries = read_labelled(args.data, args.root, classes)
+    given = _given_names(args, known, classes)
+    found = _labelled(args, known or given, classes)
+    entries, numbering = found.entries, found.note
+    names = given or known or [str(number) for number in range(classes)]
     if args.out:
         make_folder(args.out)
     with launch.init_process_group(alone=False) as rank:
@@ -55,24 +57,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         "checkpoint": str(args.checkpoint),
         "network": description,
         "data": args.data,
+        "labels": numbering or AS_THEY_ARE,
         "preprocessing": asdict(clips),
         "views": asdict(views),
         "precision": args.precision,
     }
     summary = {**facts, **found.summary(), "left_out": found.bad}
     if args.out:
-        write_results(Path(args.out), found, summary, names or [str(number) for number in range(classes)])
+        write_results(Path(args.out), found, summary, names)
     _print(summary, args.out)
     return 1 if found.bad else 0
 
 
-def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, Preprocessing, Views, str]:
-    """The classifier, its clips, its views, and one line on it: from the checkpoint, changed by the options given.
+def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, Preprocessing, Views, str, tuple[str, ...]]:
+    """The classifier, its clips, its views, one line on it, and the names of its classes where they are known: from the
+    checkpoint, changed by the options given.
 
     Raises WeightsError (a ValueError) for a checkpoint that is damaged, incomplete or no classifier.
     """
     from mvd_fast.config import IMAGENET_MEAN, IMAGENET_STD
     from mvd_fast.interop.convert import read_network
+    from mvd_fast.interop.storage import class_names
     from mvd_fast.interop.weights import WeightsError, load_into
     from mvd_fast.models import VideoClassifier
     from mvd_kernels import AddLayerNorm
@@ -110,7 +115,8 @@ def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, Preprocessing,
     )
     given = {name: value for name in ("sampling", "clips", "crops") if (value := getattr(args, name))}
     asked = EvaluationConfig.model_validate(facts.get("evaluation", {})).model_copy(update=given)
-    return model, clips, Views(asked.sampling, asked.clips, asked.crops), network.describe()
+    views = Views(asked.sampling, asked.clips, asked.crops)
+    return model, clips, views, network.describe(), class_names(found, network)
 
 
 def write_results(folder: Path, found: Predictions, summary: dict[str, Any], names: Sequence[str]) -> None:
@@ -151,7 +157,7 @@ def draw_confusion(confusion: Tensor, names: Sequence[str], path: Path) -> None:
     """A PNG: the share of each label's videos (row) that were taken for each class (column)."""
     from matplotlib.figure import Figure
 
-    classes = len(names)
+    classes, names = len(names), [printable(name) for name in names]
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(14.0, 3.5 + 0.22 * classes)
     figure = Figure(figsize=(side + 1, side), dpi=150, layout="constrained")
@@ -159,8 +165,8 @@ def draw_confusion(confusion: Tensor, names: Sequence[str], path: Path) -> None:
     picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted class", ylabel="label")
     if classes <= 60:  # more would be unreadable
-        axes.set_xticks(range(classes), names, rotation=90, fontsize=7)
-        axes.set_yticks(range(classes), names, fontsize=7)
+        axes.set_xticks(range(classes), names, rotation=90, fontsize=7, parse_math=False)
+        axes.set_yticks(range(classes), names, fontsize=7, parse_math=False)
     figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the label's videos")
     with written_aside(path) as aside:
         figure.savefig(aside, format="png")
@@ -181,15 +187,35 @@ def _with_progress(network, clips, views, entries, device, args, rank: int) -> P
         )  # fmt: skip
 
 
-def _class_names(args: argparse.Namespace) -> list[str]:
-    """From the file --classes, or the class folders of --data; else none."""
-    if args.classes:
-        if not Path(args.classes).is_file():
-            raise UserError(f"--classes {args.classes} does not exist; give a text file with one name a line")
-        return Path(args.classes).read_text("utf-8").splitlines()
-    if Path(args.data).is_dir():
-        return class_folders(args.data)
-    return []
+def _given_names(args: argparse.Namespace, known: Sequence[str], classes: int) -> tuple[str, ...]:
+    """Those of --classes, in the order of the checkpoint's classes; none where it is not given."""
+    from mvd_fast.data.labels import read_class_names
+
+    if not args.classes:
+        return ()
+    if not Path(args.classes).is_file():
+        raise UserError(f"--classes {args.classes} does not exist; give a text file with one name a line")
+    given = read_class_names(args.classes)
+    if len(given) != classes:
+        raise UserError(f"--classes {args.classes} has {len(given)} names, but the classifier has {classes} classes")
+    for number, name in enumerate(given):
+        if name in known and known.index(name) != number:
+            raise UserError(
+                f"--classes {args.classes} has {printable(name)} as number {number}, but it is class "
+                f"{known.index(name)} of {args.checkpoint}; leave --classes out: the checkpoint has names"
+            )
+    return given
+
+
+def _labelled(args: argparse.Namespace, names: Sequence[str], classes: int) -> Labelled:
+    """--data with the classifier's numbers as labels."""
+    from mvd_fast.data.labels import read_labelled
+    from mvd_fast.data.media import VIDEO_EXTENSIONS
+
+    found = read_labelled(args.data, args.root, VIDEO_EXTENSIONS)
+    found = found.numbered_as(names, args.checkpoint, "give its names in its order: --classes FILE, one a line")
+    found.require_below(classes, "the classifier's number of classes", "give labels that it was trained on")
+    return found
 
 
 def _print(summary: dict[str, Any], out: str | None) -> None:
@@ -199,13 +225,15 @@ def _print(summary: dict[str, Any], out: str | None) -> None:
     top5 = "" if summary["top5"] is None else f", top-5 {summary['top5']:.2%}"
     console = Console(highlight=False)
     console.print(summary["network"], markup=False, soft_wrap=True)
+    if summary["labels"] != AS_THEY_ARE:
+        console.print(f"labels: {summary['labels']}", markup=False, soft_wrap=True)
     console.print(
         f"{summary['videos']} videos, {views['clips']} x {views['crops']} views ({views['sampling']}): top-1 "
         f"{summary['top1']:.2%}{top5}",
         soft_wrap=True,
     )
     for path, reason in summary["left_out"].items():
-        Console(stderr=True).print(f"left out: {path} {reason}", markup=False, soft_wrap=True)
+        Console(stderr=True).print(f"left out: {printable(path)} {reason}", markup=False, soft_wrap=True)
     if out:
         console.print(f"wrote {', '.join(FILES)} to {out}", markup=False, soft_wrap=True)
 

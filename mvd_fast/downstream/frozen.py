@@ -31,6 +31,7 @@ from mvd_fast.data.sampling import (
 )
 from mvd_fast.data.source import Choice, Sample
 from mvd_fast.errors import UserError
+from mvd_fast.names import printable
 
 from .backbone import Backbone, Preprocessing
 
@@ -143,7 +144,7 @@ def frozen_features(
                     tokens.setdefault(number, []).append(token)
     if not pooled:
         path, reason = next(iter(bad.items()))
-        raise UserError(f"none of {len(entries)} files can be used, for instance {path} {reason}")
+        raise UserError(f"none of {len(entries)} files can be used, for instance {printable(path)} {reason}")
     found = FrozenFeatures(
         [entries[number] for number in pooled],
         torch.stack([torch.stack(parts).mean(0) for parts in pooled.values()]),
@@ -210,4 +211,6 @@ def _require_finite(found: FrozenFeatures) -> None:
         finite &= found.tokens.isfinite().all(2).all(1)
     if not finite.all():
         some = found.entries[int((~finite).nonzero()[0])].path
-        raise UserError(f"the features of {some} are not finite; the checkpoint may be damaged, or needs fp32")
+        raise UserError(
+            f"the features of {printable(some)} are not finite; the checkpoint may be damaged, or needs fp32"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from mvd_fast.errors import UserError
+from mvd_fast.names import printable
 from mvd_fast.training import launch
 
 Part = TypeVar("Part")
@@ -22,5 +23,5 @@ def gather_results(
     all_bad = {path: reason for _, left_out in parts for path, reason in left_out.items()}
     if not together:
         path, reason = next(iter(all_bad.items()))
-        raise UserError(f"none of {total} {what} can be used, for instance {path} {reason}")
+        raise UserError(f"none of {total} {what} can be used, for instance {printable(path)} {reason}")
     return dict(sorted(together.items())), all_bad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mvd_fast.config import RunConfig
+from mvd_fast.data import media
 from mvd_fast.data.crops import Crop
-from mvd_fast.data.kinds.labelled import read_labelled
+from mvd_fast.data.labels import class_names, read_labelled
 from mvd_fast.data.lists import Entry
 from mvd_fast.data.pipeline import PipelineSpec
 from mvd_fast.errors import UserError
+from mvd_fast.names import printable
 from mvd_fast.training import launch
 
 from .backbone import Preprocessing
@@ -24,6 +27,8 @@ from .frozen import MultiView, batches_of, samples_of
 from .results import gather_results
 
 TOP = 5
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def predict(
     found = [entries[number] for number in means]
     if not (finite := stacked.isfinite().all(1)).all():
         some = found[int((~finite).nonzero()[0])].path
-        raise UserError(f"the scores of {some} are not finite; the weights may be damaged, or need fp32")
+        raise UserError(f"the scores of {printable(some)} are not finite; the weights may be damaged, or need fp32")
     return Predictions(found, stacked, bad)
 
 
@@ -117,7 +122,13 @@ class Validation:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         assert config.model.num_classes is not None, "checked when the config is loaded"
         evaluation, data = config.evaluation, config.data
-        self.entries = read_labelled(evaluation.list, evaluation.root, config.model.num_classes)
+        found = read_labelled(evaluation.list, evaluation.root, media.VIDEO_EXTENSIONS)
+        trained = class_names(data.train, data.root, media.VIDEO_EXTENSIONS)
+        found = found.numbered_as(trained, data.train, "put a classes.txt beside it, one name a line")
+        found.require_below(config.model.num_classes)
+        if found.note and launch.rank() == 0:
+            log.warning("evaluation.list: %s", found.note)
+        self.entries = found.entries
         self.clips = Preprocessing(
             config.model.num_frames, data.sampling_rate, config.model.image_size, data.mean, data.std
         )

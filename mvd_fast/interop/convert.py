@@ -69,6 +69,7 @@ def convert(
     positions that the layout cannot keep, are only listed.
     """
     from .network import resized
+    from .storage import class_names
     from .weights import WeightsError
 
     target, layout = Path(target), layouts.load(to)
@@ -86,6 +87,8 @@ def convert(
     layout.write(kept, network, found, target)
     report += faults.lines() + lost
     report += _remarks(network, kept, layout, to)
+    if class_names(found, network) and target.suffix in (".pth", ".pt"):
+        report.append("note: the names of the classes are left out; .safetensors files and folders keep them")
     return [*report, f"wrote {target}"]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mvd_fast.files import BEST, WEIGHTS, written_aside
+from mvd_fast.names import printable
 
 from .network import SIZE_FIELDS, Network
 from .weights import WeightsError, read_weights
 
+CLASSES = "classes"  # of a file's metadata: the names of the classes by number, as JSON
 CONFIG, MANIFEST, BIN, CHECKPOINTS = "config.json", "manifest.json", "pytorch_model.bin", "checkpoints"
 FILE_ENDINGS = (".safetensors", ".pth", ".pt")
 
@@ -101,16 +103,39 @@ def _verified(checkpoint: Path) -> Path:
 
 
 def _facts_of_file(file: Path) -> dict[str, Any]:
-    """Of a file that `save_weights` wrote, its metadata; of a run's, what the run's config says."""
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-        if "architecture" in metadata:
-            facts = {name: parse(metadata[name]) for name, parse in SIZE_FIELDS.items() if name in metadata}
-            return facts | {"positions": metadata["positions"]}
+    """Of a file that `save_weights` wrote, its metadata; of a run's, what the run's config says; the classes' names of
+    both."""
+    metadata = read_metadata(file) if file.suffix == ".safetensors" else {}
+    named = {CLASSES: names} if (names := read_classes(metadata)) else {}
+    if "architecture" in metadata:
+        facts = {name: parse(metadata[name]) for name, parse in SIZE_FIELDS.items() if name in metadata}
+        return facts | {"positions": metadata["positions"]} | named
     run = file.parents[2] if file.parent.parent.name == CHECKPOINTS else file.parent
     config = run / CONFIG
-    return _facts_of_run(_read_json(config)) if file.name in (WEIGHTS, BEST) and config.is_file() else {}
+    of_run = _facts_of_run(_read_json(config)) if file.name in (WEIGHTS, BEST) and config.is_file() else {}
+    return of_run | named
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Of a .safetensors file."""
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
+
+
+def classes_metadata(names: Sequence[str]) -> dict[str, str]:
+    """What a file's metadata say of the names of its classes: nothing where there are none."""
+    return {CLASSES: json.dumps(list(names))} if names else {}
+
+
+def read_classes(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of the classes by number, from a file's metadata; empty where it has none."""
+    return tuple(json.loads(metadata.get(CLASSES, "[]")))
+
+
+def class_names(source: Source, network: Network) -> tuple[str, ...]:
+    """The names of a classifier's classes by number; empty where nothing says them."""
+    names = tuple(source.facts.get(CLASSES, ()))
+    return names if names and len(names) == network.sizes.num_classes else ()
 
 
 def _facts_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +185,8 @@ def metadata(network: Network, layout: str, source: Source) -> dict[str, str]:
         "layout": layout,
         "positions": network.positions,
         **{name: repr(value) for name, value in asdict(network.sizes).items()},
-        "source": source.name,
+        **classes_metadata(class_names(source, network)),
+        "source": printable(source.name),
         "mvd_fast": our_version(),
     }
 

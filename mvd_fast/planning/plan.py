@@ -11,6 +11,7 @@ from torch import nn
 
 from mvd_fast.config import RunConfig
 from mvd_fast.config_file import ConfigError, check_batch
+from mvd_fast.data.lists import read_dataset
 from mvd_fast.targets.store import layout
 from mvd_kernels import Linear8bit
 
@@ -268,8 +269,7 @@ def count_clips(config: RunConfig, given: int | None) -> tuple[int, str]:
         return given, "--clips"
     train = Path(config.data.train)
     if train.is_file():
-        lines = sum(1 for line in train.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-        return lines, f"lines of {config.data.train}"
+        return len(read_dataset(str(train), config.data.root)), f"lines of {config.data.train}"
     for part, (title, size) in DATASETS.items():
         if part in str(train).lower():
             return size, f"{title}; data.train is {config.data.train}"

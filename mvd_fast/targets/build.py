@@ -17,6 +17,7 @@ from mvd_fast.config import CacheConfig, RunConfig
 from mvd_fast.config_file import ConfigError
 from mvd_fast.data.loader import Loader, build_source
 from mvd_fast.data.sampling import SampleKey
+from mvd_fast.names import printable
 from mvd_fast.objectives import build_objective
 from mvd_fast.targets.store import (
     Layout,
@@ -165,7 +166,7 @@ class Builder:
         for role in roles(self.config):
             features = targets[role][: len(rows)]
             if not features.isfinite().all():
-                names = ", ".join(loader.names(batch["index"])[:4])
+                names = ", ".join(map(printable, loader.names(batch["index"])[:4]))
                 raise StoreError(
                     f"teachers.{role}: its features of some of {names}, ... are not finite; nothing to store"
                 )

@@ -13,7 +13,9 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from safetensors.torch import save_file
 
 from mvd_fast.errors import UserError
 from mvd_fast.files import WEIGHTS, fsync, seal, write_text, written_aside
+from mvd_fast.interop.storage import read_classes, read_metadata
+from mvd_fast.names import printable
 
 from . import launch
 
@@ -83,10 +87,12 @@ def save(
     update: int,
     precision: str,
     keep: int,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     """Writes the checkpoint of `update` (collective: every rank calls it) and removes all but the newest `keep`.
 
     weights: the network's full float32 state dict, used on rank 0. state: plain values of the trainer's own, rank 0's.
+    metadata: of the file of weights.
     """
     root, name = folder(run_dir), f"{PREFIX}{update:08d}"
     hidden, final = root / (HIDDEN + name), root / name
@@ -97,7 +103,7 @@ def save(
     engine.save_checkpoint(str(root), tag=hidden.name, client_state={"trainer": state}, save_latest=False)
     launch.barrier()
     if engine.global_rank == 0:
-        save_file(weights, hidden / WEIGHTS)
+        save_file(weights, hidden / WEIGHTS, metadata)
         stage = int(engine.zero_optimization_stage())
         manifest = Manifest(update, launch.world_size(), stage, precision, _seal(hidden))
         write_text(hidden / MANIFEST, json.dumps(asdict(manifest), indent=1))
@@ -163,6 +169,19 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
+def require_classes(path: Path, names: Sequence[str]) -> None:
+    """Raises CheckpointError for a checkpoint whose classes have other names, or another order, than the data now."""
+    before = read_classes(read_metadata(path / WEIGHTS))
+    if not before or not names or before == tuple(names):
+        return
+    pairs = enumerate(zip_longest(before, names, fillvalue="missing"))
+    number, (old, new) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+    raise CheckpointError(
+        f"{path} was trained with other classes than data.train has now: class {number} was {printable(old)} and is "
+        f"{printable(new)}; undo the change of the data, or start a new run with another --run-dir"
+    )
+
+
 def load(engine: Any, path: Path, precision: str) -> tuple[int, dict[str, Any]]:
     """Restores the engine (collective); returns (updates done, the trainer's state). `path` was verified before."""
     manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
@@ -175,10 +194,10 @@ def load(engine: Any, path: Path, precision: str) -> tuple[int, dict[str, Any]]:
     return manifest.update, client_state["trainer"]
 
 
-def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+def write_weights(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file aside, fsyncs it and renames it into place."""
     with written_aside(path) as aside:
-        save_file(weights, aside)
+        save_file(weights, aside, metadata)
 
 
 def _list(root: Path) -> list[Path]:

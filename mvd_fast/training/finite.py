@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mvd_fast.names import printable
+
 from . import launch
 
 
@@ -47,7 +49,7 @@ class FiniteCheck:
         bad = [(loss.item(), index) for loss, index in self._losses if not math.isfinite(loss.item())]
         own = (bad[0][0], [name for _, index in bad for name in names(index)]) if bad else None
         return "; ".join(
-            f"loss is {found[0]} at update {update} on rank {rank} (samples: {', '.join(found[1])})"
+            f"loss is {found[0]} at update {update} on rank {rank} (samples: {', '.join(map(printable, found[1]))})"
             for rank, found in enumerate(launch.all_gather(own))
             if found
         )

@@ -17,7 +17,9 @@ from mvd_fast.config_file import check_batch, save_config
 from mvd_fast.data import build_loader
 from mvd_fast.errors import UserError
 from mvd_fast.files import BEST, SUMMARY, WEIGHTS, write_text
+from mvd_fast.interop.storage import classes_metadata
 from mvd_fast.machine import has_fast_bf16
+from mvd_fast.names import printable
 from mvd_fast.objectives import build_objective
 from mvd_fast.targets.ahead import targets_ahead
 from mvd_fast.targets.store import open_targets
@@ -57,6 +59,10 @@ class Trainer:
         self.loader = build_loader(
             config, self.rank, self.world_size, self.device, self.micro, self.accumulation, targets
         )
+        self.class_names: tuple[str, ...] = getattr(self.loader.spec.kind, "class_names", ())
+        self.metadata = classes_metadata(self.class_names)  # of all weights that are written
+        if start:
+            checkpoint.require_classes(start, self.class_names)
         self.per_epoch = self.loader.updates_per_epoch
         self.total = config.optim.epochs * self.per_epoch
         self._build_engine()
@@ -177,7 +183,7 @@ class Trainer:
                 self.best = found
                 weights = self._trained_weights()
                 if self.rank == 0:
-                    checkpoint.write_weights(weights, self.run_dir / BEST)
+                    checkpoint.write_weights(weights, self.run_dir / BEST, self.metadata)
         if self.rank == 0:
             self.run_log.write({"update": self.update, "validation": found})
         self.progress.say(f"epoch {found['epoch']}: validation top-1 {found['top1']:.2%}, best {self.best['top1']:.2%}")
@@ -228,7 +234,8 @@ class Trainer:
             if self.average:
                 state["average"] = self.average.state()
             keep, precision = self.config.checkpoint.keep_last, self.config.precision
-            checkpoint.save(self.engine, weights, state, self.run_dir, self.update, precision, keep)
+            place = self.run_dir, self.update, precision, keep
+            checkpoint.save(self.engine, weights, state, *place, self.metadata)
             self._write_summary(finished=self.update == self.total)
 
     def _full_weights(self) -> dict[str, Tensor]:
@@ -249,7 +256,7 @@ class Trainer:
         """The trained network's weights, where the next stage looks for them."""
         weights = self._trained_weights()
         if self.rank == 0:
-            checkpoint.write_weights(weights, self.run_dir / WEIGHTS)
+            checkpoint.write_weights(weights, self.run_dir / WEIGHTS, self.metadata)
 
     def _trained_weights(self) -> dict[str, Tensor]:
         """What is validated and exported (collective): the averaged weights where there are any."""
@@ -278,6 +285,7 @@ class Trainer:
             "replaced_samples": self._earlier.get("replaced_samples", 0) + sum(replaced for _, replaced in found),
             "bad_files": bad_files,
             **({"best": self.best} if self.validate else {}),
+            **({"classes": self.class_names} if self.class_names else {}),
         }
         write_text(self.run_dir / SUMMARY, json.dumps(summary, indent=1))
 
@@ -312,7 +320,8 @@ class Trainer:
 
     def _summarise_bad_files(self) -> None:
         if self.loader.bad_files:
-            names = "\n".join(f"  {path}: {reason}" for path, reason in sorted(self.loader.bad_files.items()))
+            found = sorted(self.loader.bad_files.items())
+            names = "\n".join(f"  {printable(path)}: {reason}" for path, reason in found)
             log.warning(
                 "rank %d replaced %d samples of %d bad files:\n%s",
                 self.rank, self.loader.replaced, len(self.loader.bad_files), names,
@@ -329,7 +338,7 @@ def _warn_of_changes(config: RunConfig, run_dir: Path) -> None:
     saved = run_dir / "config.json"
     if not saved.exists():
         return
-    before, now = _flat(json.loads(saved.read_text())), _flat(config.model_dump(mode="json"))
+    before, now = _flat(json.loads(saved.read_text(encoding="utf-8"))), _flat(config.model_dump(mode="json"))
     changed = [f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted(before | now) if before.get(k) != now.get(k)]
     if changed:
         log.warning("%s was started with other settings: %s", run_dir, ", ".join(changed))

@@ -12,7 +12,8 @@ from mvd_fast.config import AugmentConfig, RunConfig
 from mvd_fast.data import augment, media
 from mvd_fast.data.kinds import Inputs
 from mvd_fast.data.kinds.video import VideoKind, decoded_video, fields
-from mvd_fast.data.lists import Entry, ListError, read_dataset
+from mvd_fast.data.labels import read_labelled, write_classes
+from mvd_fast.data.lists import Entry
 from mvd_fast.data.sampling import Box, SampleKey, random_segments
 
 
@@ -25,6 +26,7 @@ class LabelledKind(VideoKind):
 
     entries: tuple[Entry, ...] = ()
     classes: int = 0
+    class_names: tuple[str, ...] = ()  # by label; empty where the list has numbers only
     recipe: AugmentConfig = field(default_factory=AugmentConfig)
     segments: bool = False
 
@@ -81,26 +83,17 @@ class LabelledKind(VideoKind):
         return {**batch, "video": video, "target": target}
 
 
-def read_labelled(path: str, root: str, classes: int) -> tuple[Entry, ...]:
-    """The entries of a list or folder, each with a label below `classes`. Raises ListError for any other."""
-    entries = read_dataset(path, root, media.VIDEO_EXTENSIONS, need_labels=True)
-    for entry in entries:
-        if entry.label is None:
-            raise ListError(f"{path} has no labels; give `path label` lines, or a folder with one folder per class")
-        if not 0 <= entry.label < classes:
-            raise ListError(
-                f"{path}: {entry.path} has label {entry.label}, but model.num_classes is {classes}: labels go from 0 "
-                f"to {classes - 1}; set model.num_classes to the number of classes"
-            )
-    return tuple(entries)
-
-
 def build(config: RunConfig, on_gpu: bool) -> LabelledKind:
-    assert config.model.num_classes is not None, "checked when the config is loaded"
+    classes = config.model.num_classes
+    assert classes is not None, "checked when the config is loaded"
+    found = read_labelled(config.data.train, config.data.root, media.VIDEO_EXTENSIONS)
+    found.require_below(classes)
+    write_classes(found)
     return LabelledKind(
         **fields(config, on_gpu),
-        entries=read_labelled(config.data.train, config.data.root, config.model.num_classes),
-        classes=config.model.num_classes,
+        entries=found.entries,
+        classes=classes,
+        class_names=found.classes,
         recipe=config.augment,
         segments=config.data.clip == "segments",
     )

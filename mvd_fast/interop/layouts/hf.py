@@ -8,7 +8,7 @@ that kind (`mvd_fast/interop/modeling_mvd.py`), which `trust_remote_code=True` s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor
 from mvd_fast.config import IMAGENET_MEAN, IMAGENET_STD
 from mvd_fast.errors import UserError
 from mvd_fast.files import WEIGHTS, folder_written_aside
+from mvd_fast.names import printable
 
 from .. import model_card
 from ..names import NameTable, join_rows, split_rows
 from ..network import Network
-from ..storage import CONFIG, Source, metadata, owned
+from ..storage import CLASSES, CONFIG, Source, class_names, metadata, owned
 from ..weights import WeightsError
 
 FOLDER = True
@@ -76,7 +77,19 @@ def read(source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "norm_eps": config.get("layer_norm_eps", 1e-12),
         "head_eps": config.get("layer_norm_eps", 1e-12) if "auto_map" in config else HEAD_EPS,
     }
+    facts |= {CLASSES: _labels(config)}
     return state, facts if "pos_embed" in state else facts | {"positions": "1d"}
+
+
+def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes by number; empty where they are transformers' placeholders or no such list."""
+    labels = config.get("id2label") or {}
+    names = tuple(labels.get(str(number)) for number in range(len(labels)))
+    return names if len(set(names) - {None, *map(_placeholder, range(len(names)))}) == len(names) else ()
+
+
+def _placeholder(number: int) -> str:
+    return f"LABEL_{number}"
 
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
@@ -115,9 +128,13 @@ def write(kept: Mapping[str, Tensor], network: Network, source: Source, target: 
     dtype = str(next(iter(kept.values())).dtype).removeprefix("torch.")
     with folder_written_aside(target, FILES) as folder:
         save_file(owned(state), folder / WEIGHTS, metadata(network, "hf", source))
-        _write_json(folder / CONFIG, config_json(network, dtype, own_classes, "norm.weight" not in kept))
+        _write_json(
+            folder / CONFIG,
+            config_json(network, dtype, own_classes, "norm.weight" not in kept, class_names(source, network)),
+        )
         _write_json(folder / "preprocessor_config.json", preprocessor_json(network, source.facts))
-        (folder / "README.md").write_text(model_card.text(network, source.name, target.name, own_classes))
+        card = model_card.text(network, printable(source.name), printable(target.name), own_classes)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         if own_classes:
             code = Path(model_card.__file__).with_name("modeling_mvd.py")
             (folder / "modeling_mvd.py").write_text(code.read_text())
@@ -127,10 +144,12 @@ def _module_name(name: str) -> str:
     return name.replace("attention.q_bias", "attention.query.bias").replace("attention.v_bias", "attention.value.bias")
 
 
-def config_json(network: Network, dtype: str, own_classes: bool, pooled: bool) -> dict[str, Any]:
-    """What `VideoMAEConfig` reads. pooled: no final norm."""
+def config_json(
+    network: Network, dtype: str, own_classes: bool, pooled: bool, names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What `VideoMAEConfig` reads. pooled: no final norm. names: of the classes, where they are known."""
     s, classifies = network.sizes, network.kind == "classifier"
-    labels = [f"LABEL_{i}" for i in range(s.num_classes)]
+    labels = list(names) or [_placeholder(number) for number in range(s.num_classes)]
     return {
         "architectures": ["VideoMAEForVideoClassification" if classifies else "VideoMAEModel"],
         "model_type": "videomae",
