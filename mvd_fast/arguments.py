@@ -47,6 +47,16 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: from the newest valid checkpoint of the run; never: start anew; or the path of one",
     )
     parser.add_argument("--run-dir", default="", metavar="FOLDER", help="where checkpoints and logs go")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace of three steps, and on a GPU a snapshot of its memory, into the run folder's profile/",
+    )
+    parser.add_argument(
+        "--anomaly",
+        action="store_true",
+        help="find the operation whose gradient is NaN, by torch.autograd.detect_anomaly; slow",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
 
 

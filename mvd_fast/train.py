@@ -47,21 +47,24 @@ def main(
         check(config)
         if missing := missing_files(config):
             raise ConfigError("\n".join(missing))
-        return _run(config, args.resume)
+        return _run(config, args)
     except UserError as error:
         sys.stderr.write(f"mvd-fast: error{rank}: {error}\n")
         return 2
 
 
-def _run(config: RunConfig, resume: str) -> int:
+def _run(config: RunConfig, args: argparse.Namespace) -> int:
     with launch.init_process_group():
+        import torch
+
         from mvd_fast.downstream.views import Validation
         from mvd_fast.training.finite import NonFiniteLossError
         from mvd_fast.training.trainer import Trainer
 
         validate = Validation(config, launch.device()).run if config.evaluation.list else None
         try:
-            return 0 if Trainer(config, resume, validate).fit() else 143
+            with torch.autograd.set_detect_anomaly(args.anomaly):
+                return 0 if Trainer(config, args.resume, validate, args.profile).fit() else 143
         except NonFiniteLossError as error:  # on all ranks
             if launch.rank() == 0:
                 sys.stderr.write(f"mvd-fast: error: {error}\n")

@@ -22,7 +22,7 @@ from video_files import real_clips
 from mvd_fast.config import RunConfig
 from mvd_fast.files import WEIGHTS
 from mvd_fast.models import VideoTeacher
-from mvd_fast.training import checkpoint, trainer
+from mvd_fast.training import checkpoint, preflight
 
 UPDATES = 10
 
@@ -307,7 +307,7 @@ def test_zero_that_shares_nothing_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ranks: int, precision: str, zero: dict, warned: bool
 ) -> None:
     content = tiny_runs.config(tmp_path, tmp_path / "run", precision=precision, deepspeed={"zero_optimization": zero})
-    trainer._warn_of_zero_alone(RunConfig.model_validate(content), ranks)
+    preflight.warn_of_zero_alone(RunConfig.model_validate(content), ranks)
     assert ["ZeRO %d shares nothing" in record.msg for record in caplog.records] == [True] * warned
 
 
@@ -325,11 +325,11 @@ def test_bf16_on_a_cpu_without_it_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
     fast: bool, precision: str, teachers: str | None, cache: str, settings: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(trainer, "has_fast_bf16", lambda: fast)
+    monkeypatch.setattr(preflight, "has_fast_bf16", lambda: fast)
     content = tiny_runs.config(tmp_path, tmp_path / "run", precision=precision)
     for role in ("image", "video"):
         content["teachers"][role]["precision"] = teachers
     content["teachers"]["cache"] = {"path": cache}
-    trainer._warn_of_slow_bf16(RunConfig.model_validate(content))
+    preflight.warn_of_slow_bf16(RunConfig.model_validate(content))
     expected = [f"--set {name}=fp32" for name in settings.split()]
     assert [record.args[0] for record in caplog.records] == ([" ".join(expected)] if expected else [])

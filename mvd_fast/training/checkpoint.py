@@ -84,17 +84,17 @@ def save(
     weights: dict[str, torch.Tensor],
     state: dict[str, Any],
     run_dir: str | Path,
-    update: int,
+    step: int,
     precision: str,
     keep: int,
     metadata: dict[str, str] | None = None,
 ) -> Path:
-    """Writes the checkpoint of `update` (collective: every rank calls it) and removes all but the newest `keep`.
+    """Writes the checkpoint after `step` steps (collective: every rank calls it) and removes all but the newest `keep`.
 
     weights: the network's full float32 state dict, used on rank 0. state: plain values of the trainer's own, rank 0's.
     metadata: of the file of weights.
     """
-    root, name = folder(run_dir), f"{PREFIX}{update:08d}"
+    root, name = folder(run_dir), f"{PREFIX}{step:08d}"
     hidden, final = root / (HIDDEN + name), root / name
     if engine.global_rank == 0:
         root.mkdir(parents=True, exist_ok=True)
@@ -105,10 +105,10 @@ def save(
     if engine.global_rank == 0:
         save_file(weights, hidden / WEIGHTS, metadata)
         stage = int(engine.zero_optimization_stage())
-        manifest = Manifest(update, launch.world_size(), stage, precision, _seal(hidden))
+        manifest = Manifest(step, launch.world_size(), stage, precision, _seal(hidden))
         write_text(hidden / MANIFEST, json.dumps(asdict(manifest), indent=1))
         fsync(hidden)
-        if final.exists():  # of an earlier attempt at the same update
+        if final.exists():  # of an earlier attempt at the same step
             shutil.rmtree(final)
         hidden.rename(final)
         fsync(root)
@@ -183,7 +183,7 @@ def require_classes(path: Path, names: Sequence[str]) -> None:
 
 
 def load(engine: Any, path: Path, precision: str) -> tuple[int, dict[str, Any]]:
-    """Restores the engine (collective); returns (updates done, the trainer's state). `path` was verified before."""
+    """Restores the engine (collective); returns (steps done, the trainer's state). `path` was verified before."""
     manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
     here = {"ranks": launch.world_size(), "ZeRO stage": int(engine.zero_optimization_stage()), "precision": precision}
     there = {"ranks": manifest.world_size, "ZeRO stage": manifest.zero_stage, "precision": manifest.precision}

@@ -14,10 +14,10 @@ from .checkpoint import CheckpointError
 from .engine import master_weight
 
 
-class WeightAverage:
+class ModelEMA:
     """Exponentially averaged float32 weights (torch.optim.swa_utils), the same on every rank.
 
-    With ZeRO each update gathers the weights once more; that is the price of averaging partitioned ones.
+    With ZeRO each step gathers the weights once more; that is the price of averaging partitioned ones.
     """
 
     def __init__(self, engine: Any, decay: float) -> None:
@@ -29,8 +29,8 @@ class WeightAverage:
         named = engine.module.named_parameters()
         return {name: master_weight(engine, p).detach().float() for name, p in named if p.requires_grad}
 
-    def follow(self, engine: Any) -> None:
-        """Moves towards the engine's weights, after an update (collective)."""
+    def update(self, engine: Any) -> None:
+        """Moves towards the engine's weights, after a step (collective)."""
         current = self._current(engine)
         self._mix(list(self.values.values()), [current[name] for name in self.values], None)
 
@@ -40,11 +40,12 @@ class WeightAverage:
         averaged = {name: value.to(types[name]) for name, value in self.values.items()}
         return lambda video: torch.func.functional_call(engine.module, averaged, (video,))
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """On the CPU, for checkpoints and exports."""
         return {name: value.to("cpu", copy=True).contiguous() for name, value in self.values.items()}
 
-    def restore(self, state: dict[str, Tensor] | None, source: Path) -> None:
+    def load_state_dict(self, state: dict[str, Tensor] | None, source: Path) -> None:
+        """source: the checkpoint, for the sentence of the CheckpointError where it has none."""
         if state is None:
             raise CheckpointError(
                 f"{source} holds no averaged weights, but optim.ema is on; switch it off, or start a new run"

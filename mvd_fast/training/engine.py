@@ -14,7 +14,7 @@ from .adamw import GradientSums, MasterAdamW, gradient_norm, round_parameters
 from .optim import build_optimizer
 
 
-def start_engine(network: nn.Module, config: RunConfig, micro: int, accumulation: int) -> Any:
+def start_engine(network: nn.Module, config: RunConfig, micro_batch_size: int, grad_accum_steps: int) -> Any:
     """DeepSpeed's engine around `network`, on this rank's device, in the run's precision.
 
     In bf16 with ZeRO stage 0 the update is `MasterAdamW`'s: DeepSpeed's own keeps float32 copies of all gradients, and
@@ -29,9 +29,9 @@ def start_engine(network: nn.Module, config: RunConfig, micro: int, accumulation
     sums = None
     if has_own_masters(config):
         round_parameters(network)
-        sums = GradientSums(network) if accumulation > 1 else None
+        sums = GradientSums(network) if grad_accum_steps > 1 else None
     engine, *_ = deepspeed.initialize(
-        model=network, optimizer=optimizer, config=deepspeed_config(config, micro, accumulation)
+        model=network, optimizer=optimizer, config=deepspeed_config(config, micro_batch_size, grad_accum_steps)
     )
     if sums is not None:
         engine.gradient_sums = sums
@@ -53,10 +53,10 @@ def has_own_masters(config: RunConfig) -> bool:
     return config.precision == "bf16" and config.zero_stage == 0
 
 
-def deepspeed_config(config: RunConfig, micro: int, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, micro_batch_size: int, grad_accum_steps: int) -> dict[str, Any]:
     """DeepSpeed's own config: the run's `deepspeed` block plus what the run's fields decide."""
     own = has_own_masters(config)
-    sum_in_fp32 = config.precision == "bf16" and accumulation > 1 and not own
+    sum_in_fp32 = config.precision == "bf16" and grad_accum_steps > 1 and not own
     return {
         # ZeRO-Offload with torch's AdamW is the user's choice, not an error.
         "zero_force_ds_cpu_optimizer": False,
@@ -64,8 +64,8 @@ def deepspeed_config(config: RunConfig, micro: int, accumulation: int) -> dict[s
         **({"communication_data_type": "bf16"} if own else {}),
         **copy.deepcopy(config.deepspeed),
         "train_batch_size": config.batch.size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": grad_accum_steps,
         "gradient_clipping": 0.0 if own else config.optim.clip_grad,
         "bf16": {"enabled": config.precision == "bf16" and not own},
         "steps_per_print": None,

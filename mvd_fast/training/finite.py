@@ -44,12 +44,12 @@ class FiniteCheck:
         self._losses, self._any = [], None
         return False
 
-    def describe(self, update: int, names: Callable[[Tensor], list[str]]) -> str:
+    def describe(self, step: int, names: Callable[[Tensor], list[str]]) -> str:
         """Which losses of which ranks, and the samples' `names` (collective)."""
         bad = [(loss.item(), index) for loss, index in self._losses if not math.isfinite(loss.item())]
         own = (bad[0][0], [name for _, index in bad for name in names(index)]) if bad else None
         return "; ".join(
-            f"loss is {found[0]} at update {update} on rank {rank} (samples: {', '.join(map(printable, found[1]))})"
+            f"loss is {found[0]} at update {step} on rank {rank} (samples: {', '.join(map(printable, found[1]))})"
             for rank, found in enumerate(launch.all_gather(own))
             if found
         )

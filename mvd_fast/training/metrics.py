@@ -6,7 +6,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from mvd_fast.config import RunConfig
 from mvd_fast.files import write_text
+from mvd_fast.teachers import DTYPES
+
+from . import launch
 
 # Seconds between two lines where there is no terminal to redraw.
 QUIET_INTERVAL = 20.0
@@ -67,7 +71,8 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = self._mark()
-        yield
+        with torch.profiler.record_function(name):
+            yield
         self._spans.append((name, start, self._mark()))
 
     def watch(self, name: str, module: nn.Module) -> None:
@@ -90,11 +95,11 @@ class PhaseTimer:
 class LossWindow:
     """Losses since the last log line, summed on the device; a checkpoint carries them over an interruption."""
 
-    def __init__(self, update: int) -> None:
-        self._open(update)
+    def __init__(self, step: int = 0) -> None:
+        self._open(step)
 
-    def _open(self, update: int) -> None:
-        self.first = update  # updates done when the window opened
+    def _open(self, step: int) -> None:
+        self.first = step  # steps done when the window opened
         self.sums: dict[str, Tensor] = {}  # of this rank, over micro batches
         self._opened = time.perf_counter()
 
@@ -103,13 +108,23 @@ class LossWindow:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
 
-    def close(self, update: int) -> tuple[dict[str, Tensor], float]:
-        """(sums, seconds that the window was open); opens the next one."""
-        sums, seconds = self.sums, time.perf_counter() - self._opened
-        self._open(update)
-        return sums, seconds
+    def close(self, step: int) -> tuple[int, dict[str, float], float]:
+        """(steps, the ranks' mean sums, seconds that the window was open); opens the next one (collective)."""
+        found = step - self.first, self._over_ranks(), time.perf_counter() - self._opened
+        self._open(step)
+        return found
 
-    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+    def _over_ranks(self) -> dict[str, float]:
+        """The ranks' mean sums, fetched from the device in one go (collective)."""
+        if not self.sums:
+            return {}
+        return dict(zip(self.sums, launch.mean(torch.stack(list(self.sums.values()))).tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint (collective)."""
+        return {"first": self.first, "sums": self._over_ranks()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Goes on with a window that a checkpoint holds: `first`, and the ranks' mean `sums`."""
         self.first = state["first"]
         self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
@@ -212,3 +227,78 @@ class ProgressLine:
             left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - self._done)))
             line = f"{self._title} {self._done}/{self._total} eta {left} {note}"
             self._console.print(line, highlight=False, soft_wrap=True)
+
+
+class Metrics:
+    """What a run measures: losses, phases and rates; in `log.jsonl`, TensorBoard and a progress bar.
+
+    Every rank measures; rank 0 writes and shows.
+    """
+
+    def __init__(self, config: RunConfig, objective: nn.Module, grad_accum_steps: int, device: torch.device) -> None:
+        self.config, self.grad_accum_steps, self.device = config, grad_accum_steps, device
+        self.window, self.timer = LossWindow(), PhaseTimer(device)
+        self._flops = objective.flops()
+        for name, child in objective.named_children():
+            self.timer.watch(name if name != "model" else "forward", child)
+        self._log: RunLog | None = None
+        self._peak = 0.0
+
+    @contextmanager
+    def open(self, run_dir: Path, step: int, total_steps: int) -> Iterator[None]:
+        """For as long as the run goes on, from `step` steps done."""
+        leads = launch.rank() == 0
+        if leads:
+            self._log = RunLog(run_dir, step, self.config.log.tensorboard)
+            self._peak = measure_peak(self.device, DTYPES[self.config.precision])
+        try:
+            with ProgressLine(self.config.name, total_steps, step, enabled=leads) as self.progress:
+                yield
+        finally:
+            if self._log:
+                self._log.close()
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Times what is done inside."""
+        return self.timer.phase(name)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line of the log."""
+        if self._log:
+            self._log.write(record)
+
+    def log(self, step: int, epoch: float, facts: dict[str, Any]) -> None:
+        """One record: losses are means over the steps since the last one, over micro batches and ranks (collective).
+
+        epoch: done so far. facts: of this step, such as the learning rate.
+        """
+        steps, sums, seconds = self.window.close(step)
+        phases = self.timer.collect()
+        clips = steps * self.config.batch.size / self.config.data.masks_per_clip
+        record = {
+            "update": step,
+            "epoch": epoch,
+            **{name: value / (steps * self.grad_accum_steps) for name, value in sums.items()},
+            "clips_per_second": clips / seconds,
+            "data_wait_share": phases.get("data", 0.0) / seconds,
+            "seconds": seconds,
+            "phase_seconds": phases,
+            **facts,
+        }
+        if self._log:
+            record["model_flop_utilisation"] = clips / launch.world_size() * self._flops / seconds / self._peak
+            record["peak_flops"] = self._peak
+            self._log.write(record)
+        self.progress.advance(_note(record))
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint (collective)."""
+        return self.window.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.window.load_state_dict(state, self.device)
+
+
+def _note(record: dict[str, Any]) -> str:
+    losses = " ".join(f"{k} {record[k]:.4f}" for k in record if k.startswith("loss"))
+    return f"{losses}  {record['clips_per_second']:.0f} clips/s  waits for data {record['data_wait_share']:.0%}"

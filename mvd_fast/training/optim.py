@@ -51,7 +51,7 @@ def parameter_groups(
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, own_masters: bool = False) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; the learning rate is set every update by `set_lr`.
+    """AdamW over the trainable parameters; the learning rate is set every step by `set_lr`.
 
     With `layer_decay` the model's `blocks` learn the more slowly the further they are from the head.
     own_masters: `MasterAdamW`, which clips gradients by itself.
@@ -63,17 +63,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig, own_masters: bool = F
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
-def learning_rate(update: int, per_epoch: int, config: OptimConfig, batch_size: int) -> float:
-    """Linear warm-up, then cosine, per update; both ends scaled by batch_size / 256 (Goyal et al. 2017).
+def learning_rate(step: int, steps_per_epoch: int, config: OptimConfig, batch_size: int) -> float:
+    """Linear warm-up, then cosine, per step; both ends scaled by batch_size / 256 (Goyal et al. 2017).
 
-    The warm-up reaches the peak at its last update; the cosine starts at the peak at the next one and would reach
-    the minimum one update after the run's last.
+    The warm-up reaches the peak at its last step; the cosine starts at the peak at the next one and would reach
+    the minimum one step after the run's last.
     """
     peak, final = (lr * batch_size / 256 for lr in (config.base_lr, config.base_min_lr))
-    warmup, total = config.warmup_epochs * per_epoch, config.epochs * per_epoch
-    if update < warmup:
-        return config.warmup_lr + (peak - config.warmup_lr) * update / max(1, warmup - 1)
-    phase = math.pi * (update - warmup) / max(1, total - warmup)
+    warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
+    if step < warmup:
+        return config.warmup_lr + (peak - config.warmup_lr) * step / max(1, warmup - 1)
+    phase = math.pi * (step - warmup) / max(1, total - warmup)
     return final + 0.5 * (peak - final) * (1 + math.cos(phase))
 
 
