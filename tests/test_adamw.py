@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mvd_fast.errors import UserError
 from mvd_fast.training import adamw
 from mvd_fast.training.adamw import GradientSums, MasterAdamW, gradient_norm, round_parameters
 
@@ -156,5 +157,5 @@ def test_a_parameter_that_the_last_micro_batch_leaves_out_is_an_error() -> None:
     first(ones).sum().backward()
     sums.last = True
     second(ones).sum().backward()
-    with pytest.raises(RuntimeError, match="1 parameters took part in an update's first micro batches"):
+    with pytest.raises(UserError, match="1 parameters took part in an update's first micro batches"):
         sums.require_complete()

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mvd_fast.errors import UserError
 from mvd_fast.models.layers import LN_EPS, DropPath, TubeletEmbed, make_blocks, run_blocks
+from mvd_fast.models.positions import sincos_2d, sincos_3d
 from mvd_fast.models.student import MaskedVideoStudent
 from mvd_fast.models.tokens import paste_tubes, split_mask, take_tokens, tubes
 
@@ -100,3 +102,10 @@ def test_empty_batch() -> None:
                                  decoder_heads=2, image_target_dim=8, video_target_dim=9)  # fmt: skip
     image, video = student(torch.zeros(0, 3, 4, 32, 32), torch.zeros(0, 32, dtype=torch.bool), num_visible=4)
     assert image.shape == (0, 28, 8) and video.shape == (0, 28, 9)
+
+
+def test_widths_that_tables_cannot_have_are_refused() -> None:
+    with pytest.raises(UserError, match="3-D sin-cos table needs a width that is a multiple of 16, got 120"):
+        sincos_3d(120, 2, 2, 2)
+    with pytest.raises(UserError, match="2-D sin-cos table needs a width that is a multiple of 4, got 5"):
+        sincos_2d(5, 2, 2)

@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mvd_fast.errors import UserError
+
+
+def _require_multiple(dim: int, of: int, what: str) -> None:
+    if dim % of:
+        raise UserError(
+            f"{what} sin-cos table needs a width that is a multiple of {of}, got {dim}; change embed_dim or decoder_dim"
+        )
+
 
 def _sincos(positions: Tensor, dim: int) -> Tensor:
     """[sin | cos] of `positions` [N] at `dim // 2` geometric frequencies -> [N, dim] float64."""
-    if dim % 2:
-        raise ValueError(f"a sin-cos table needs an even number of channels, got {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angles = positions.to(torch.float64)[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -20,6 +27,7 @@ def sincos_2d(dim: int, height: int, width: int, cls_token: bool = False) -> Ten
 
     Returns [1, height * width (+ 1), dim]; with `cls_token` row 0 is zero.
     """
+    _require_multiple(dim, 4, "a 2-D")
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     table = torch.cat([_sincos(x.flatten(), dim // 2), _sincos(y.flatten(), dim // 2)], dim=1)
     if cls_token:
@@ -32,8 +40,7 @@ def sincos_3d(dim: int, frames: int, height: int, width: int) -> Tensor:
 
     Returns [1, frames * height * width, dim], time slowest.
     """
-    if dim % 16:
-        raise ValueError(f"a 3-D sin-cos table needs a width that is a multiple of 16, got {dim}")
+    _require_multiple(dim, 16, "a 3-D")
     space = sincos_2d(dim // 4 * 3, height, width)[0].double()
     time = _sincos(torch.arange(frames), dim // 4)
     table = torch.cat([time.repeat_interleave(height * width, dim=0), space.repeat(frames, 1)], dim=1)

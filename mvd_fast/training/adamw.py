@@ -133,9 +133,9 @@ class GradientSums:
                 parameter.register_post_accumulate_grad_hook(self._add)
 
     def require_complete(self) -> None:
-        """After an update's last backward pass. Raises RuntimeError if it did not reach all that an earlier one did."""
+        """After an update's last backward pass. Raises UserError if it did not reach all that an earlier one did."""
         if self._sums:
-            raise RuntimeError(
+            raise UserError(
                 f"{len(self._sums)} parameters took part in an update's first micro batches, but not in its last; "
                 "their gradients cannot be summed; set deepspeed.zero_optimization.stage or batch.accumulation to 1"
             )
