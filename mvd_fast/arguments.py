@@ -48,6 +48,17 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--run-dir", default="", metavar="FOLDER", help="where checkpoints and logs go")
     parser.add_argument(
+        "--ranks",
+        type=positive,
+        metavar="N",
+        help="start N on this machine by DeepSpeed's launcher, one for each GPU (default: 1, this process)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check files, labels, batch and memory, load one batch, and train nothing",
+    )
+    parser.add_argument(
         "--profile",
         action="store_true",
         help="write a trace of three steps, and on a GPU a snapshot of its memory, into the run folder's profile/",

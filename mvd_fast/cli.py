@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mvd_fast.arguments import add_set_argument
-from mvd_fast.errors import UserError
+from mvd_fast.errors import INTERRUPTED, UserError
 from mvd_fast.names import print_safely
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ Run = Callable[[Arguments], int | None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    The sentence of a `UserError` goes to stderr and the status is 2. Other exceptions keep their traceback, but for
-    that of a reader who has left (`mvd-fast config list | head`).
+    The sentence of a `UserError` goes to stderr and the status is its; Ctrl-C is one sentence and INTERRUPTED. Other
+    exceptions keep their traceback, but for that of a reader who has left (`mvd-fast config list | head`).
     """
     print_safely()
     try:
@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return READER_LEFT
     except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
+        return error.status
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _run(argv: Arguments, group: str = "") -> int | None:

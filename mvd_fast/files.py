@@ -14,6 +14,7 @@ from mvd_fast.errors import UserError
 BEST = "best.safetensors"  # of the epoch that validated best
 WEIGHTS = "model.safetensors"
 SUMMARY = "summary.json"
+CONFIG = "config.json"  # resolved
 
 
 def make_folder(path: str | Path) -> None:

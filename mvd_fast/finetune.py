@@ -22,7 +22,7 @@ from mvd_fast.train import main as train  # noqa: E402
 
 def main(argv: Sequence[str] | None = None, program: str = "mvd_fast/finetune.py") -> int:
     """As `mvd_fast.train.main`; a config that pre-trains is refused."""
-    return train(argv, program, "fine-tune a network on labelled videos", _require_fine_tuning)
+    return train(argv, program, "fine-tune a network on labelled videos", _require_fine_tuning, __file__)
 
 
 def _require_fine_tuning(config: RunConfig) -> None:

@@ -15,60 +15,142 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
     sys.path[0] = str(_HERE.parent)
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import os  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 from mvd_fast.arguments import add_train_arguments  # noqa: E402
 from mvd_fast.config import RunConfig  # noqa: E402
 from mvd_fast.config_file import ConfigError, config_from_arguments, missing_files  # noqa: E402
-from mvd_fast.errors import UserError  # noqa: E402
+from mvd_fast.errors import INTERRUPTED, SAVED, UserError  # noqa: E402
+from mvd_fast.files import make_folder  # noqa: E402
 from mvd_fast.names import print_safely  # noqa: E402
-from mvd_fast.training import launch  # noqa: E402
+from mvd_fast.training import launch, messages  # noqa: E402
+
+if TYPE_CHECKING:
+    from mvd_fast.training.prepare import Prepared
+    from mvd_fast.training.trainer import Validate
+
+Check = Callable[[RunConfig], None]
 
 
 def main(
     argv: Sequence[str] | None = None,
     program: str = "mvd_fast/train.py",
     purpose: str = "train one config",
-    check: Callable[[RunConfig], None] = lambda config: None,
+    check: Check = lambda config: None,
+    script: str = __file__,
 ) -> int:
-    """Trains one config; 0 when the schedule is finished, 2 for a user's error, 143 after SIGTERM.
+    """Trains one config; gives the exit status.
 
-    `program` and `purpose` are for the help text; `check` may refuse a config with a ConfigError.
+    0: the schedule is finished; 1: a loss was not finite; 2: a user's error; 143: saved after SIGTERM or Ctrl-C; 130:
+    Ctrl-C where nothing was saved. `program` and `purpose` are for the help text; `check` may refuse a config with a
+    ConfigError; `script` is what each of several ranks runs.
     """
-    parser = argparse.ArgumentParser(prog=program, description=purpose)
-    add_train_arguments(parser)
-    args = parser.parse_args(argv)
     print_safely()
-    rank = ""
+    place = launch.Placement()
     try:
         place = launch.placement()
-        rank = f" (rank {place.rank})" if place.world_size > 1 else ""
-        config = config_from_arguments(args)
-        check(config)
-        if missing := missing_files(config):
-            raise ConfigError("\n".join(missing))
-        return _run(config, args)
+        args = _parse(argv, program, purpose, place)
+        return _run(args, check, script, place)
     except UserError as error:
-        sys.stderr.write(f"mvd-fast: error{rank}: {error}\n")
-        return 2
+        messages.complain(error, place.rank, place.world_size)
+        return error.status
+    except KeyboardInterrupt:
+        if place.rank == 0:
+            messages.say("", "mvd-fast: stopped by Ctrl-C; what the last checkpoint holds is kept")
+        return INTERRUPTED
 
 
-def _run(config: RunConfig, args: argparse.Namespace) -> int:
+def _parse(argv: Sequence[str] | None, program: str, purpose: str, place: launch.Placement) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=program, description=purpose)
+    add_train_arguments(parser)
+    with contextlib.ExitStack() as quiet:
+        if place.rank:  # all ranks have the same arguments, and the same to say of them
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            quiet.enter_context(contextlib.redirect_stderr(nowhere))
+        return parser.parse_args(argv)
+
+
+def _run(args: argparse.Namespace, check: Check, script: str, place: launch.Placement) -> int:
+    if args.ranks and (place.world_size > 1 or "RANK" in os.environ):
+        raise UserError(f"--ranks {args.ranks} starts ranks, but a launcher has started this process as one: drop it")
+    fault = prepared = validate = None
+    try:
+        config = _config(args, check)
+        if args.dry_run:
+            return _dry_run(config, place._replace(world_size=args.ranks or place.world_size))
+        if args.resume == "auto" and (done := messages.finished_before(config)):
+            if place.rank == 0:
+                messages.say(*done)
+            return 0
+        if args.ranks and args.ranks > 1:
+            return _start_ranks(args, script)
+        if place.rank == 0:
+            messages.say(messages.opening(config, place.world_size))
+        make_folder(config.output_dir)
+        prepared, validate = _prepare(config, place)
+    except UserError as error:
+        if place.world_size == 1:
+            raise
+        fault = error
     with launch.init_process_group():
-        import torch
+        launch.raise_together(fault)
+        return _train(prepared, validate, args)
 
-        from mvd_fast.downstream.views import Validation
-        from mvd_fast.training.finite import NonFiniteLossError
-        from mvd_fast.training.trainer import Trainer
 
-        validate = Validation(config, launch.device()).run if config.evaluation.list else None
-        try:
-            with torch.autograd.set_detect_anomaly(args.anomaly):
-                return 0 if Trainer(config, args.resume, validate, args.profile).fit() else 143
-        except NonFiniteLossError as error:  # on all ranks
-            if launch.rank() == 0:
-                sys.stderr.write(f"mvd-fast: error: {error}\n")
-            return 1
+def _dry_run(config: RunConfig, place: launch.Placement) -> int:
+    from mvd_fast.planning.preview import preview
+
+    if place.rank == 0:
+        prepared, _ = _prepare(config, place)
+        preview(prepared)
+    return 0
+
+
+def _start_ranks(args: argparse.Namespace, script: str) -> int:
+    """The same run on several ranks, each in a process of its own."""
+    from mvd_fast.training.launcher import run_ranks
+
+    messages.say(f"mvd-fast: {args.ranks} ranks by DeepSpeed's launcher ...")
+    arguments = ["--config", args.config, "--resume", args.resume, "--run-dir", args.run_dir]
+    arguments += ["--set", *args.set] if args.set else []
+    arguments += [f"--{switch}" for switch in ("profile", "anomaly") if getattr(args, switch)]
+    threads = len(os.sched_getaffinity(0)) // args.ranks if launch.device().type == "cpu" else None
+    return run_ranks(args.ranks, script, arguments, threads)
+
+
+def _config(args: argparse.Namespace, check: Check) -> RunConfig:
+    config = config_from_arguments(args)
+    check(config)
+    if missing := missing_files(config):
+        raise ConfigError("\n".join(missing))
+    return config
+
+
+def _prepare(config: RunConfig, place: launch.Placement) -> tuple[Prepared, Validate | None]:
+    from mvd_fast.downstream.views import Validation
+    from mvd_fast.training.prepare import prepare
+
+    prepared = prepare(config, place)
+    return prepared, Validation(config, prepared.device).run if config.evaluation.list else None
+
+
+def _train(prepared: Prepared, validate: Validate | None, args: argparse.Namespace) -> int:
+    import torch
+
+    from mvd_fast.training.finite import NonFiniteLossError
+    from mvd_fast.training.trainer import Trainer
+
+    try:
+        with torch.autograd.set_detect_anomaly(args.anomaly):
+            return 0 if Trainer(prepared, args.resume, validate, args.profile).fit() else SAVED
+    except NonFiniteLossError as error:  # on all ranks
+        if launch.rank() == 0:
+            messages.say(f"mvd-fast: error: {error}")
+        return 1
 
 
 if __name__ == "__main__":

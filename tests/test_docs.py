@@ -174,6 +174,12 @@ def test_commands_can_be_given_as_they_stand(page: str, argv: list[str], monkeyp
         assert page == "docs/training.md"  # an example of a user's own file
 
 
+def test_deepspeed_is_started_quietly() -> None:
+    lines = [line for text in TEXTS.values() for block in blocks(text, "bash") for line in block.splitlines()]
+    launched = [line for line in lines if line.startswith("deepspeed ")]
+    assert len(launched) > 5 and all(line.startswith("deepspeed --quiet ") for line in launched)
+
+
 def test_there_are_commands_to_be_tried() -> None:
     assert len(list(commands())) > 25
 

@@ -6,11 +6,10 @@ import json
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
-from mvd_fast.training.metrics import PhaseTimer, ProgressLine, RunLog, measure_peak
+from mvd_fast.training.metrics import PhaseTimer, RunLog, measure_peak
 
 CPU = torch.device("cpu")
 
@@ -55,13 +54,3 @@ def test_phases_are_timed_and_forgotten() -> None:
 
 def test_peak_is_a_plausible_rate() -> None:
     assert 1e8 < measure_peak(CPU, torch.float32, size=256) < 1e14
-
-
-def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressLine("run", total=2, done=0, enabled=True) as progress:
-        progress.advance()
-        progress.advance("loss 0.5")
-    assert "run 2/2 eta 00:00:00 loss 0.5" in capsys.readouterr().err
-    with ProgressLine("run", total=1, done=0, enabled=False) as progress:
-        progress.advance("loss 0.5")
-    assert capsys.readouterr().err == ""

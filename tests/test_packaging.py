@@ -60,6 +60,7 @@ ALLOWED = {
         "mvd_kernels",
     },
     "mvd_fast.training": {
+        "mvd_fast.config_checks",
         "mvd_fast.config_file",
         "mvd_fast.data",
         "mvd_fast.interop",
@@ -90,6 +91,7 @@ ALLOWED = {
     "mvd_fast.train": {
         "mvd_fast.config_file",
         "mvd_fast.downstream",
+        "mvd_fast.planning",
         "mvd_fast.training",
         "mvd_fast.training.launch",
     },
@@ -103,7 +105,7 @@ ALLOWED = {
         "mvd_fast.models",
         "mvd_fast.objectives",
         "mvd_fast.report",
-        "mvd_fast.training.launch",
+        "mvd_fast.training",
     },
     "mvd_fast.cli": {
         "mvd_fast.config_reference",

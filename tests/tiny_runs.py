@@ -91,7 +91,7 @@ def start_ranks(command: list[str], count: int = 2) -> list[subprocess.Popen[str
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit status and everything printed."""
     out, err = process.communicate(timeout=TIMEOUT)
-    return process.returncode, out + err
+    return process.returncode, (out or "") + (err or "")
 
 
 def run(config_file: Path, *arguments: str) -> tuple[int, str]:

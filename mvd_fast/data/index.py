@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from mvd_fast.data import images, media
 from mvd_fast.data.containers import BadFile, read_bytes
 from mvd_fast.data.lists import write_beside
+from mvd_fast.data.workers import no_interrupts, worker_pool
 
 VERSION = 3  # one more whenever a scan judges files differently
 INLINE_BELOW = 64  # files; starting processes takes longer than scanning these
@@ -112,7 +112,7 @@ def scan_files(paths: Iterable[str], decode: bool, processes: int) -> Iterator[t
     """Facts of every file, in the order of `paths`."""
     paths = list(paths)
     inline = processes <= 1 or len(paths) < INLINE_BELOW
-    with nullcontext() if inline else ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with nullcontext() if inline else worker_pool(processes, "spawn") as pool:
         if pool is None:
             yield from ((path, scan_file(path, decode)) for path in paths)
         else:
@@ -122,7 +122,8 @@ def scan_files(paths: Iterable[str], decode: bool, processes: int) -> Iterator[t
 def _scan_ahead(pool: Executor, paths: list[str], decode: bool, ahead: int) -> Iterator[tuple[str, FileFacts]]:
     waiting: list[tuple[str, Future[FileFacts]]] = []
     for path in paths:
-        waiting.append((path, pool.submit(scan_file, path, decode)))
+        with no_interrupts():
+            waiting.append((path, pool.submit(scan_file, path, decode)))
         if len(waiting) >= ahead:
             done, future = waiting.pop(0)
             yield done, future.result()

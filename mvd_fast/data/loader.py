@@ -23,6 +23,7 @@ from mvd_fast.data.pipeline import PIPELINE_DEPTH, PipelineSpec, build_pipeline,
 from mvd_fast.data.quarantine import quarantine_path, read_quarantine
 from mvd_fast.data.sampling import SampleKey
 from mvd_fast.data.source import Choice, Readers, Sample, Schedule, Source
+from mvd_fast.data.workers import no_interrupts
 from mvd_fast.errors import UserError
 from mvd_fast.names import printable
 
@@ -239,6 +240,10 @@ class _Producer:
         self._queue.put_nowait(RuntimeError("the loader was closed"))
 
     def _run(self, step: int) -> None:
+        with no_interrupts():  # of this thread, which starts the reading processes
+            self._produce(step)
+
+    def _produce(self, step: int) -> None:
         try:
             while not self._stop.is_set():
                 step = self._run_pipeline(step)

@@ -8,8 +8,8 @@ Everything is a pure function of the seed. Test clips show digit images that no 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvd_fast.data.workers import no_interrupts, worker_pool
 from mvd_fast.files import write_text, written_aside
 
 MOTIONS = (
@@ -67,8 +68,10 @@ def write_digit_set(folder: Path, digit_set: DigitSet, on_clip: Callable[[], Non
     ]
     for split in digit_set.splits:
         (folder / split).mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor() as pool:
-        for written in pool.map(_write_chunk, *zip(*tasks, strict=True)):
+    with worker_pool(os.cpu_count() or 1, "fork") as pool:
+        with no_interrupts():
+            chunks = pool.map(_write_chunk, *zip(*tasks, strict=True))
+        for written in chunks:
             for _ in range(written):
                 on_clip()
     for split, count in digit_set.splits.items():

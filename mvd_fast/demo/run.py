@@ -6,19 +6,14 @@ import json
 import os
 import platform
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.progress import Progress
 
@@ -26,14 +21,12 @@ import mvd_fast
 from mvd_fast.config import RunConfig
 from mvd_fast.config_file import load_config
 from mvd_fast.demo.digits import FRAMES, MOTIONS, SIZE, DigitSet, is_written, write_digit_set
-from mvd_fast.errors import UserError
+from mvd_fast.errors import INTERRUPTED, SAVED, UserError
 from mvd_fast.files import SUMMARY, WEIGHTS, write_text
 from mvd_fast.machine import cpu_name, has_fast_bf16
-from mvd_fast.training import launch
+from mvd_fast.training.launcher import run_ranks
 
 RUNS = ("image_teacher", "video_teacher", "student")
-RESUMABLE = 143  # exit status of a training that SIGTERM stopped
-SAVING_TIME = 60.0  # seconds that an interrupted training has to save
 
 
 @dataclass(frozen=True)
@@ -59,6 +52,12 @@ SIZES = {
 
 class DemoError(UserError):
     """The demo cannot go on; the message says why and how to go on."""
+
+
+class DemoStopped(DemoError):
+    """Stopped by a signal, after the training in progress was saved."""
+
+    status = SAVED
 
 
 class Demo:
@@ -168,26 +167,22 @@ class Demo:
         return self._stale or not same
 
     def _launch(self, name: str) -> None:
-        command = [
-            str(Path(sys.executable).with_name("deepspeed")),
-            *("--num_accelerators", "1", "--no_local_rank", "--quiet", "--master_port", str(_free_port())),
-            str(Path(mvd_fast.__file__).with_name("train.py")),
-            *("--config", f"demo/{name}"),
-        ]
-        for override in self._overrides(name):
-            command += ["--set", override]
-        environment = dict(os.environ)
-        launch.choose_accelerator(environment)
-        # So small a network gains nothing from a second thread; the decoder has the other half of the cores.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
-        start = time.monotonic()
-        status = _run_interruptibly(command, environment)
+        script = Path(mvd_fast.__file__).with_name("train.py")
+        arguments = ["--config", f"demo/{name}", "--set", *self._overrides(name)]
+        start, title = time.monotonic(), name.replace("_", " ")
+        status = INTERRUPTED
+        try:
+            # So small a network gains nothing from a second thread; the decoder has the other half of the cores.
+            status = run_ranks(1, script, arguments, threads=max(1, len(os.sched_getaffinity(0)) // 2))
+        finally:
+            if status:
+                spent = self.phases.get(title, {}).get("partial_seconds", 0.0) + time.monotonic() - start
+                self._keep(title, {"partial_seconds": spent})
+        again = "`mvd-fast demo` with the same options goes on from there"
+        if status == SAVED:
+            raise DemoStopped(f"training the {title} was interrupted; {again}")
         if status:
-            title = name.replace("_", " ")
-            spent = self.phases.get(title, {}).get("partial_seconds", 0.0) + time.monotonic() - start
-            self._keep(title, {"partial_seconds": spent})
-            why = "was interrupted" if status == RESUMABLE else f"failed with status {status}, see above"
-            raise DemoError(f"training the {title} {why}; `mvd-fast demo` with the same options goes on from there")
+            raise DemoError(f"training the {title} failed with status {status}, see above; {again}")
 
     def _evaluate(self) -> None:
         results = self.out / "results.json"
@@ -219,38 +214,6 @@ class Demo:
         }
 
 
-def _run_interruptibly(command: list[str], environment: dict[str, str]) -> int:
-    """Runs a command whose processes get one SIGTERM, and the time to save, when we are interrupted."""
-    # A session of its own: Ctrl-C then reaches us alone, and the launcher lives on to see its processes end.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(RESUMABLE))
-    try:
-        return process.wait()
-    except (KeyboardInterrupt, SystemExit):
-        _stop_family(process)
-        return RESUMABLE
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _stop_family(launcher: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the training processes; what has not saved and left after SAVING_TIME is killed."""
-    family = psutil.Process(launcher.pid).children(recursive=True)
-    for child in family:
-        with suppress(psutil.NoSuchProcess):
-            if not child.children():  # a training process, not one that launches
-                child.terminate()
-    for child in psutil.wait_procs(family, timeout=SAVING_TIME)[1]:
-        child.kill()
-    launcher.wait()
-
-
 def _summary(run_dir: Path) -> dict[str, Any]:
     file = run_dir / SUMMARY
     return json.loads(file.read_text()) if file.exists() else {}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +30,15 @@ class StepBytes:
 def objective_without_memory(config: RunConfig) -> nn.Module:
     """The run's objective on the meta device: all shapes, no weights; in the run's precision."""
     as_written = config.teachers.model_copy(update={"compile": False})
+    fresh = config.model.model_copy(update={"init": ""})
     with torch.device("meta"):
-        objective = build_objective(config.model_copy(update={"teachers": as_written}))
+        objective = build_objective(config.model_copy(update={"teachers": as_written, "model": fresh}))
     objective.model.to(DTYPES[config.precision])
     return objective.train()
 
 
-def step_bytes(config: RunConfig, samples: int) -> StepBytes:
-    """What one micro batch of `samples` samples allocates.
+def step_bytes(config: RunConfig, samples: int, like: Mapping[str, torch.Tensor] | None = None) -> StepBytes:
+    """What one micro batch of `samples` samples allocates; like: one as the loader gives it, for any objective.
 
     Operators run as torch's fake tensors on a CPU: shapes and dtypes are the real ones, values are never computed. The
     CPU's operators keep for backward what the CUDA ones keep; a kernel's own scratch memory is not seen.
@@ -45,7 +47,7 @@ def step_bytes(config: RunConfig, samples: int) -> StepBytes:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         objective.to_empty(device="cpu")
         parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        batch = _batch(config, samples)
+        batch = _batch(config, samples) if like is None else _copied(like, DTYPES[config.precision])
         held, beside = LiveBytes([*objective.parameters(), *objective.buffers(), *batch.values()]), 0
         with held:
             if config.teachers.ahead:
@@ -61,6 +63,14 @@ def step_bytes(config: RunConfig, samples: int) -> StepBytes:
 
 def _drop_gradient(parameter: nn.Parameter) -> None:
     parameter.grad = None
+
+
+def _copied(batch: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Without memory; pixels in the run's precision."""
+    return {
+        name: torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
+        for name, value in batch.items()
+    }
 
 
 def _batch(config: RunConfig, samples: int) -> dict[str, torch.Tensor]:

@@ -47,6 +47,24 @@ class StateBytes:
         return self.resident + self.step
 
 
+def teacher_bytes(objective: nn.Module) -> int:
+    """Of the teachers' weights and tables."""
+    teachers = (getattr(objective, f"{role}_teacher", None) for role in ("image", "video"))
+    found = [tensor for teacher in teachers if teacher for tensor in (*teacher.parameters(), *teacher.buffers())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in found)
+
+
+def input_bytes(config: RunConfig, micro: int) -> float:
+    """Of micro batches of clips, float32 and in the run's precision, for each batch prepared ahead."""
+    model, clips = config.model, micro // config.data.masks_per_clip
+    return 4.0 * clips * 3 * model.num_frames * model.image_size**2 * (1 + config.data.prefetch)
+
+
+def peak_bytes(state: StateBytes, activations: float, beside: float) -> float:
+    """The most that one rank holds; activations: of forward and backward; beside: teachers and inputs."""
+    return beside + max(state.during_backward + activations, state.during_step)
+
+
 def count_parameters(network: nn.Module) -> tuple[int, int]:
     """(trained, frozen) parameters."""
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)

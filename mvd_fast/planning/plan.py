@@ -18,7 +18,7 @@ from mvd_kernels import Linear8bit
 from .dry_run import StepBytes, objective_without_memory, step_bytes
 from .figures import Figure
 from .gpus import DECODE_SOURCE, GPUS, MEASURED, NETWORK_GB_S, Gpu
-from .memory import StateBytes, count_parameters, state_bytes
+from .memory import StateBytes, count_parameters, input_bytes, peak_bytes, state_bytes, teacher_bytes
 from .step_time import LARGE_WORK_SHARE, REACHED_OF_PUBLISHED, Phase, flop_by_phase, phases
 
 # Training samples of the sets that the recipes name, recognised by a part of `data.train`.
@@ -67,15 +67,11 @@ class Plan:
 
     @cached_property
     def teacher_bytes(self) -> int:
-        teachers = (getattr(self.objective, f"{role}_teacher", None) for role in ("image", "video"))
-        found = [tensor for teacher in teachers if teacher for tensor in (*teacher.parameters(), *teacher.buffers())]
-        return sum(tensor.numel() * tensor.element_size() for tensor in found)
+        return teacher_bytes(self.objective)
 
     @cached_property
     def inputs(self) -> float:
-        """Bytes of a micro batch of clips, float32 and in the run's precision, for each batch prepared ahead."""
-        model, clips = self.config.model, self.batch[0] // self.config.data.masks_per_clip
-        return 4.0 * clips * 3 * model.num_frames * model.image_size**2 * (1 + self.config.data.prefetch)
+        return input_bytes(self.config, self.batch[0])
 
     def state(self, stage: int) -> StateBytes:
         return state_bytes(self.config, *self.counts, stage, self.gpus, self.batch[1])
@@ -83,9 +79,7 @@ class Plan:
     def peak_bytes(self, stage: int, micro: float | None = None) -> float:
         """The most that one GPU holds, with micro batches of `micro` samples; activations are proportional to it."""
         scale = 1.0 if micro is None else micro / self.batch[0]
-        state = self.state(stage)
-        backward = state.during_backward + self.step.peak * scale
-        return self.teacher_bytes + self.inputs * scale + max(backward, state.during_step)
+        return peak_bytes(self.state(stage), self.step.peak * scale, self.teacher_bytes + self.inputs * scale)
 
     @property
     def room(self) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mvd_fast.config import RunConfig
 
 from .adamw import GradientSums, MasterAdamW, gradient_norm, round_parameters
+from .deepspeed_start import start_deepspeed
 from .optim import build_optimizer
 
 
@@ -21,6 +22,7 @@ def start_engine(network: nn.Module, config: RunConfig, micro_batch_size: int, g
     its step takes several times as long. Then DeepSpeed is told of a network without mixed precision, and only sums
     gradients over ranks.
     """
+    start_deepspeed()
     import deepspeed
 
     if has_own_masters(config):

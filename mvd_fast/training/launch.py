@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -111,10 +112,10 @@ def choose_accelerator(environment: MutableMapping[str, str]) -> None:
 
 @contextmanager
 def init_process_group(alone: bool = True) -> Iterator[int]:
-    """This process as a rank of DeepSpeed's group for as long as the block lasts; gives the rank.
+    """This process as a rank of a group for as long as the block lasts; gives the rank.
 
-    alone: whether a single process makes a group of one, which DeepSpeed's engine needs. Raises UserError where tasks
-    do not know where to meet.
+    alone: whether a single process makes a group of one, which DeepSpeed's engine needs. DeepSpeed itself is not
+    started (`deepspeed_start`). Raises UserError where tasks do not know where to meet.
 
     At the end the group is left, and its threads get time to free the last collectives' tensors. For that they need the
     interpreter; one that asks for it when Python shuts down aborts the process (PyTorch's issue 190489). DeepSpeed
@@ -125,12 +126,14 @@ def init_process_group(alone: bool = True) -> Iterator[int]:
         return
     publish(os.environ)
     _quiet_logs()
-    import deepspeed
     import torch.distributed as dist
 
+    backend, options = "gloo", {}
     if (here := device()).type == "cuda":
         os.environ["LOCAL_RANK"] = str(here.index)  # by which DeepSpeed chooses the GPU again
-    deepspeed.init_distributed()
+        backend, options = "nccl", {"device_id": here} if is_distributed() else {}
+    patience = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 30)))
+    dist.init_process_group(backend, timeout=patience, **options)
     try:
         yield dist.get_rank()
     finally:
@@ -150,11 +153,12 @@ def publish(environment: MutableMapping[str, str]) -> None:
             "and MASTER_PORT, a free port there, before the tasks start"
         )
     if found.world_size == 1 and (missing or "RANK" not in environment):
-        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     environment.update(RANK=str(found.rank), WORLD_SIZE=str(found.world_size), LOCAL_RANK=str(found.local_rank))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that no process of this machine listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -165,9 +169,6 @@ def _quiet_logs() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     choose_accelerator(os.environ)
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
 
 
 def rank() -> int:
@@ -218,6 +219,23 @@ def broadcast(value: Value) -> Value:
     if world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raises on every rank where one has an error (collective): each sentence once, with the ranks that it is of."""
+    ranks: dict[str, list[int]] = {}
+    for number, sentence in enumerate(all_gather(str(error) if error else "")):
+        if sentence:
+            ranks.setdefault(sentence, []).append(number)
+    if not ranks:
+        return
+    lines = []
+    for sentence, those in ranks.items():
+        which = f"rank{'s' if those[1:] else ''} {', '.join(map(str, those))}"
+        lines.append(sentence if len(those) == world_size() else f"{sentence} ({which})")
+    together = UserError("\n".join(lines))
+    together.everywhere = True
+    raise together
 
 
 def barrier() -> None:

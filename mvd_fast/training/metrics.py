@@ -1,4 +1,4 @@
-"""What a run says while it goes: one progress line, JSONL, TensorBoard, time per phase, share of the machine's peak."""
+"""What a run says while it goes: JSONL, TensorBoard, time per phase, share of the machine's peak."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from mvd_fast.config import RunConfig
@@ -20,9 +18,7 @@ from mvd_fast.files import write_text
 from mvd_fast.teachers import DTYPES
 
 from . import launch
-
-# Seconds between two lines where there is no terminal to redraw.
-QUIET_INTERVAL = 20.0
+from .progress import ProgressLine
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
@@ -103,6 +99,10 @@ class LossWindow:
         self.sums: dict[str, Tensor] = {}  # of this rank, over micro batches
         self._opened = time.perf_counter()
 
+    def start_clock(self) -> None:
+        """The steps begin now, not when the window was made."""
+        self._opened = time.perf_counter()
+
     def add(self, losses: dict[str, Tensor]) -> None:
         """Adds one micro batch's losses, scalars."""
         for name, value in losses.items():
@@ -173,62 +173,6 @@ def _numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield prefix + name, value
 
 
-class ProgressLine:
-    """One bar with ETA where there is a terminal; elsewhere a plain line now and then."""
-
-    def __init__(self, title: str, total: int, done: int, enabled: bool) -> None:
-        self._console = Console(stderr=True)
-        self._live = enabled and self._console.is_terminal
-        self._plain = enabled and not self._live
-        self._last, self._done, self._total, self._title = 0.0, done, total, title
-        self._start, self._first = time.monotonic(), done
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-            disable=not self._live,
-        )
-        self._task = self._bar.add_task(title, total=total, completed=done, note="")
-
-    def __enter__(self) -> ProgressLine:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
-
-    def advance(self, note: str | None = None) -> None:
-        self._done += 1
-        self._bar.advance(self._task)
-        if note is not None:
-            self._bar.update(self._task, note=note)
-            self._maybe_print(note)
-
-    def say(self, line: str) -> None:
-        """A line of its own, above the bar where there is one."""
-        if self._live or self._plain:
-            self._console.print(f"{self._title} {line}", highlight=False, soft_wrap=True)
-
-    def tell(self, note: str) -> None:
-        """Says what goes on between two updates; at once on a terminal only."""
-        self._bar.update(self._task, note=note)
-        self._bar.refresh()
-
-    def _maybe_print(self, note: str) -> None:
-        now = time.monotonic()
-        if self._plain and (now - self._last > QUIET_INTERVAL or self._done == self._total):
-            self._last = now
-            pace = (now - self._start) / max(1, self._done - self._first)
-            left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - self._done)))
-            line = f"{self._title} {self._done}/{self._total} eta {left} {note}"
-            self._console.print(line, highlight=False, soft_wrap=True)
-
-
 class Metrics:
     """What a run measures: losses, phases and rates; in `log.jsonl`, TensorBoard and a progress bar.
 
@@ -253,6 +197,7 @@ class Metrics:
             self._peak = measure_peak(self.device, DTYPES[self.config.precision])
         try:
             with ProgressLine(self.config.name, total_steps, step, enabled=leads) as self.progress:
+                self.window.start_clock()
                 yield
         finally:
             if self._log:
@@ -289,7 +234,7 @@ class Metrics:
             record["model_flop_utilisation"] = clips / launch.world_size() * self._flops / seconds / self._peak
             record["peak_flops"] = self._peak
             self._log.write(record)
-        self.progress.advance(_note(record))
+        self.progress.advance(_notes(record))
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint (collective)."""
@@ -299,6 +244,9 @@ class Metrics:
         self.window.load_state_dict(state, self.device)
 
 
-def _note(record: dict[str, Any]) -> str:
-    losses = " ".join(f"{k} {record[k]:.4f}" for k in record if k.startswith("loss"))
-    return f"{losses}  {record['clips_per_second']:.0f} clips/s  waits for data {record['data_wait_share']:.0%}"
+def _notes(record: dict[str, Any]) -> list[str]:
+    """Of a step, the most important first."""
+    losses = [f"{name} {value:.4f}" for name, value in record.items() if name.startswith("loss")]
+    rate = record["clips_per_second"]
+    pace = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+    return [*losses[:1], f"{pace} clips/s", f"data wait {record['data_wait_share']:.0%}", *losses[1:]]

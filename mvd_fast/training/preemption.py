@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import launch
+from . import launch, messages
 
 
 class PreemptionHandler:
@@ -24,6 +24,9 @@ class PreemptionHandler:
         signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        if launch.rank() == 0 and not self._received:
+            again = "; Ctrl-C once more stops at once" if number == signal.SIGINT else ""
+            messages.say("", f"mvd-fast: saves after this step, then stops{again}")
         self._received = True
         if number == signal.SIGINT:  # the second one interrupts at once
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mvd_fast.config import RunConfig
 from mvd_fast.errors import UserError
+from mvd_fast.files import CONFIG
 from mvd_fast.machine import has_fast_bf16
 
 from . import checkpoint, launch
@@ -34,13 +35,14 @@ def find_start(config: RunConfig, resume: str) -> Path | None:
             found = error
     found = launch.broadcast(found)
     if isinstance(found, UserError):
+        found.everywhere = True
         raise found
     return found
 
 
 def warn_of_changes(config: RunConfig) -> None:
     """Names the settings that differ from those the run was started with."""
-    saved = Path(config.output_dir) / "config.json"
+    saved = Path(config.output_dir) / CONFIG
     if not saved.exists():
         return
     before, now = _flat(json.loads(saved.read_text(encoding="utf-8"))), _flat(config.model_dump(mode="json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvd_fast.config import RunConfig
-from mvd_fast.config_file import check_batch, save_config
-from mvd_fast.data import build_loader
-from mvd_fast.files import BEST, WEIGHTS
+from mvd_fast.config_file import save_config
+from mvd_fast.files import BEST, CONFIG, WEIGHTS
 from mvd_fast.interop.storage import classes_metadata
-from mvd_fast.objectives import build_objective
 from mvd_fast.targets.ahead import targets_ahead
-from mvd_fast.targets.store import open_targets
 
-from . import checkpoint, launch, preflight
+from . import checkpoint, launch, messages, preflight
 from .ema import ModelEMA
 from .engine import backward, full_weights, local_gradient_norm, start_engine
 from .finite import FiniteCheck, NonFiniteLossError
 from .metrics import Metrics
 from .optim import learning_rate, set_lr
 from .preemption import PreemptionHandler
+from .prepare import Prepared
 from .profiler import Profiler
 from .summary import RunSummary
 
@@ -37,29 +35,26 @@ class Trainer:
     """One run of one config on this rank. `fit()` trains to the end of the schedule, or to SIGTERM."""
 
     def __init__(
-        self, config: RunConfig, resume: str = "auto", validate: Validate | None = None, profile: bool = False
+        self, prepared: Prepared, resume: str = "auto", validate: Validate | None = None, profile: bool = False
     ) -> None:
         """resume: "auto" (the newest valid checkpoint of the run, if any), "never", or a checkpoint's path.
 
         validate: is called after each epoch; for configs with an `evaluation.list`, and no others. profile: see
         `Profiler`.
         """
+        self._started = time.monotonic()
+        config = prepared.config
         if bool(config.evaluation.list) != (validate is not None):
             raise ValueError(f"evaluation.list is {config.evaluation.list!r}, and validate is {validate!r}")
         self.config, self.validate, self.profile = config, validate, profile
         self.run_dir = Path(config.output_dir)
-        self.device = launch.device()
-        self.micro_batch_size, self.grad_accum_steps = check_batch(config, launch.world_size())
+        self.device, self.loader, self.objective = prepared.device, prepared.loader, prepared.objective
+        self.micro_batch_size, self.grad_accum_steps = prepared.micro_batch_size, prepared.grad_accum_steps
         start = preflight.find_start(config, resume)
-        self.loader = build_loader(
-            config, launch.rank(), launch.world_size(), self.device, self.micro_batch_size, self.grad_accum_steps,
-            open_targets(config, self.device),
-        )  # fmt: skip
         self.class_names: tuple[str, ...] = getattr(self.loader.spec.kind, "class_names", ())
         if start:
             checkpoint.require_classes(start, self.class_names)
-        self.steps_per_epoch = self.loader.updates_per_epoch
-        self.total_steps = config.optim.epochs * self.steps_per_epoch
+        self.steps_per_epoch, self.total_steps = prepared.steps_per_epoch, prepared.total_steps
         self._build_engine()
         self.ema = ModelEMA(self.engine, config.optim.ema) if config.optim.ema else None
         self.metrics = Metrics(config, self.objective, self.grad_accum_steps, self.device)
@@ -70,16 +65,15 @@ class Trainer:
         if start:
             self.step, state = checkpoint.load(self.engine, start, config.precision)
             self.load_state_dict(state, start)
+        if launch.rank() == 0:
+            messages.say(*messages.outline(prepared, messages.start_of(config, start, self.step, self.steps_per_epoch)))
 
     def _build_engine(self) -> None:
-        config = self.config
-        torch.manual_seed(config.seed)
-        self.objective = build_objective(config)
         network = self.objective.model
         self._parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
         # Frozen tables would be rounded to the engine's precision; exports take them from here.
         self._tables = {n: p.detach().clone() for n, p in network.named_parameters() if not p.requires_grad}
-        self.engine = start_engine(network, config, self.micro_batch_size, self.grad_accum_steps)
+        self.engine = start_engine(network, self.config, self.micro_batch_size, self.grad_accum_steps)
         self.engine.checkpoint_engine = checkpoint.SafeTorchEngine(self.engine._config)
         self.objective.model = self.engine
         self.objective.to(self.device)  # teachers: outside the engine
@@ -90,7 +84,7 @@ class Trainer:
         """Trains; returns whether the schedule was finished (False: stopped by SIGTERM after saving)."""
         if launch.rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, self.run_dir / "config.json")
+            save_config(self.config, self.run_dir / CONFIG)
         self.objective.train()
         try:
             with self.metrics.open(self.run_dir, self.step, self.total_steps), self._profiler() as profiler:
@@ -98,6 +92,8 @@ class Trainer:
             if finished:
                 self._export(WEIGHTS)
             self._write_summary(finished)
+            if launch.rank() == 0:
+                messages.say(*self._last_words(finished))
             return finished
         finally:
             self.summary.warn_of_bad_files()
@@ -120,7 +116,7 @@ class Trainer:
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One update from the next `grad_accum_steps` micro batches, none where a loss is not finite; logs it."""
-        logs = self._is_last_or_due(self.config.log.every)
+        logs = self.step == 0 or self._is_last_or_due(self.config.log.every)
         set_lr(self.engine.optimizer, self._lr())
         for number in range(self.grad_accum_steps):
             if number:
@@ -175,6 +171,11 @@ class Trainer:
         return Profiler(self.run_dir, self.device, left, self.profile, lambda line: self.metrics.progress.say(line))
 
     # ---- what it says ----
+
+    def _last_words(self, finished: bool) -> list[str]:
+        if finished:
+            return messages.finished(self.config, self.total_steps, time.monotonic() - self._started, self.best)
+        return messages.stopped(self.config, self.step, self.total_steps)
 
     def _log(self, facts: dict[str, Any]) -> None:
         norm = facts["grad_norm"]

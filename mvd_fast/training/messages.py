@@ -1,0 +1,164 @@
+"""What a run says on the terminal at its start and at its end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mvd_fast.config import RunConfig
+from mvd_fast.config_checks import SIZE_OF_WIDTH
+from mvd_fast.files import BEST, CONFIG, SUMMARY, WEIGHTS
+from mvd_fast.machine import cpu_name
+
+from .progress import time_left
+
+if TYPE_CHECKING:
+    import torch
+
+    from .prepare import Prepared
+
+# Recipes that use a trained teacher of a size, and those that fine-tune a student of one.
+TAUGHT = {"b": "vitb_from_vitb", "l": "vitl", "h": "vith"}
+TUNED = "finetune/k400_vit"
+
+
+def say(*lines: str) -> None:
+    """To stderr, at once."""
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
+    sys.stderr.flush()
+
+
+# ---- the start ----
+
+
+def opening(config: RunConfig, ranks: int) -> str:
+    """The first line, before anything slow is done."""
+    return f"mvd-fast: {config.name} in {config.output_dir}, starting {_ranks(ranks)} ..."
+
+
+def outline(run: Prepared, start: str) -> list[str]:
+    """What is about to be trained, on what, for how long. start: where from."""
+    config, ranks = run.config, run.place.world_size
+    what = "images" if config.data.kind == "image" else "videos"
+    masks = f", {config.data.masks_per_clip} masks each" if config.data.masks_per_clip > 1 else ""
+    parts = f"micro batch {run.micro_batch_size} x accumulation {run.grad_accum_steps} x {_ranks(ranks)}"
+    rows = {
+        "data": f"{len(run.loader.paths):,} {what} of {config.data.train}{masks}",
+        "ranks": f"{ranks} on {device_name(run.device)}; {config.precision}, ZeRO {config.zero_stage}",
+        "network": f"{config.model.kind}, {run.trained_parameters / 1e6:.3g} M parameters trained",
+        "teachers": ", ".join(_teachers(config)),
+        "batch": f"{config.batch.size} = {parts}",
+        "schedule": f"{config.optim.epochs} epochs of {run.steps_per_epoch:,} steps: {run.total_steps:,} steps",
+        "start": start,
+    }
+    return aligned(rows)
+
+
+def device_name(device: torch.device) -> str:
+    """Of a rank's device; for a CPU also why it is one."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    why = "DS_ACCELERATOR says so" if torch.cuda.is_available() else "torch sees no GPU"
+    return f"the CPU ({cpu_name()}), as {why}"
+
+
+def start_of(config: RunConfig, checkpoint: Path | None, update: int, per_epoch: int) -> str:
+    """Where a run starts from."""
+    if checkpoint:
+        return f"resumed at step {update:,}, epoch {update / per_epoch:.2f}, from {checkpoint}"
+    return f"with the encoder of {config.model.init}" if config.model.init else "from scratch"
+
+
+def _teachers(config: RunConfig) -> Iterable[str]:
+    if config.teachers.cache.path:
+        yield f"stored targets in {config.teachers.cache.path}"
+        return
+    for teacher in (config.teachers.image, config.teachers.video):
+        if teacher:
+            yield teacher.checkpoint
+
+
+# ---- the end ----
+
+
+def finished(config: RunConfig, steps: int, seconds: float, best: dict[str, Any]) -> list[str]:
+    """After the schedule's last step; seconds: since this start."""
+    return [f"mvd-fast: finished: {steps:,} steps; this start took {time_left(seconds)}", *_results(config, best)]
+
+
+def stopped(config: RunConfig, update: int, steps: int) -> list[str]:
+    """After a signal."""
+    rows = {"saved": config.output_dir, "next": "the same command goes on from there"}
+    return [f"mvd-fast: stopped after step {update:,} of {steps:,}", *aligned(rows)]
+
+
+def finished_before(config: RunConfig) -> list[str]:
+    """Of a run whose folder holds the finished run of this very config; empty where there is something to do."""
+    folder = Path(config.output_dir)
+    summary, saved = _read(folder / SUMMARY), _read(folder / CONFIG)
+    wanted = config.model_dump(mode="json")
+    same = {**saved, "run_dir": ""} == {**wanted, "run_dir": ""}
+    if not (summary.get("finished") and same and (folder / WEIGHTS).is_file()):
+        return []
+    return [
+        f"mvd-fast: {folder} is finished: {summary['update']:,} of {summary['updates']:,} steps",
+        *_results(config, summary.get("best", {})),
+        *aligned({"anew": "give another folder: --run-dir FOLDER"}),
+    ]
+
+
+def _results(config: RunConfig, best: dict[str, Any]) -> list[str]:
+    folder = Path(config.output_dir)
+    found = f"{folder / BEST}, top-1 {best['top1']:.2%} after epoch {best['epoch']}" if best else ""
+    return aligned({"weights": str(folder / WEIGHTS), "best": found, "next": next_command(config)})
+
+
+def next_command(config: RunConfig) -> str:
+    """What the weights are made for; empty for kinds that are not this project's."""
+    folder, size = config.output_dir, SIZE_OF_WIDTH.get(config.model.embed_dim)
+    match config.model.kind:
+        case "student" if size:
+            changes = f"model.init={folder} data.train=LIST evaluation.list=LIST"
+            return f"mvd-fast finetune --config {TUNED}{size} --set {changes}"
+        case "mae" | "videomae" if size in TAUGHT:
+            role = "image" if config.model.kind == "mae" else "video"
+            weights = Path(folder) / WEIGHTS
+            return f"mvd-fast train --config {TAUGHT[size]} --set teachers.{role}.checkpoint={weights}"
+        case "student" | "mae" | "videomae":
+            return f"mvd-fast probe {folder} --train LIST --test LIST"
+        case "classifier":
+            return f"mvd-fast evaluate {folder} --data LIST --out FOLDER"
+        case "detector":
+            return f"mvd-fast ava-evaluate {folder} --annotations CSV --label-map PBTXT --root FOLDER"
+    return ""
+
+
+# ---- text ----
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def aligned(rows: dict[str, str]) -> list[str]:
+    """Indented lines `name  text`; rows without text are left out."""
+    return [f"  {name:10}{text}" for name, text in rows.items() if text]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def complain(error: Exception, rank: int, ranks: int) -> None:
+    """A user's error, on one rank where it is the same on all."""
+    everywhere = getattr(error, "everywhere", False) or ranks == 1
+    if rank == 0 or not everywhere:
+        say(f"mvd-fast: error{'' if everywhere else f' (rank {rank})'}: {error}")

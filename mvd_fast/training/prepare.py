@@ -1,0 +1,56 @@
+"""What a process makes of a run alone, before DeepSpeed starts: most of what a user may have got wrong shows here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mvd_fast.config import RunConfig
+from mvd_fast.config_file import check_batch
+from mvd_fast.data import build_loader
+from mvd_fast.data.loader import Loader
+from mvd_fast.objectives import build_objective
+from mvd_fast.targets.store import open_targets
+
+from . import launch
+
+
+@dataclass
+class Prepared:
+    """A run on one rank, ready to be trained; the objective is on the CPU still."""
+
+    config: RunConfig
+    place: launch.Placement
+    device: torch.device
+    micro_batch_size: int
+    grad_accum_steps: int
+    loader: Loader
+    objective: nn.Module
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.loader.updates_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.optim.epochs * self.steps_per_epoch
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(p.numel() for p in self.objective.model.parameters() if p.requires_grad)
+
+
+def prepare(config: RunConfig, place: launch.Placement | None = None) -> Prepared:
+    """Reads the lists and the teachers, and makes the network; place: this process's by default.
+
+    Raises UserError sentences for batches that do not divide, for unusable lists, labels and weights.
+    """
+    place = place or launch.placement()
+    micro, accumulation = check_batch(config, place.world_size)
+    device = launch.device()
+    targets = open_targets(config, device)
+    loader = build_loader(config, place.rank, place.world_size, device, micro, accumulation, targets)
+    torch.manual_seed(config.seed)
+    return Prepared(config, place, device, micro, accumulation, loader, build_objective(config))
