@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mvd_fast.data.index import FileFacts
-from mvd_fast.data.labels import read_class_names, read_labelled, together, with_numbers, write_classes
+from mvd_fast.data.labels import MADE, read_class_names, read_labelled, together, with_numbers, write_classes
 from mvd_fast.data.lists import Entry, ListError
 from mvd_fast.data.overview import MOST_CLASSES, overview
 
@@ -47,7 +47,7 @@ def test_names_in_a_list_are_numbered_in_alphabetical_order_or_as_classes_txt_sa
     found = read_labelled(path)
     assert found.classes == ("ant", "bee walks", "cat") and labels(found) == [2, 0, 1, 2]
     write_classes(found)
-    assert (tmp_path / "classes.txt").read_text() == "ant\nbee walks\ncat\n"
+    assert (tmp_path / "classes.txt").read_text() == MADE + "ant\nbee walks\ncat\n"
     (tmp_path / "classes.txt").write_text("cat\r\nant\r\nbee walks\r\nnot there\r\n")
     found = read_labelled(path)
     assert found.classes == ("cat", "ant", "bee walks", "not there") and labels(found) == [0, 1, 2, 0]
@@ -60,6 +60,18 @@ def test_lists_in_one_folder_share_their_classes(tmp_path):
     assert labels(read_labelled(listed(tmp_path, "x.mp4 cat", "y.mp4 bee", name="val.txt"))) == [2, 1]
     with pytest.raises(ListError, match=r"1 classes that .*classes\.txt lacks: bees, did you mean 'bee'\? add them at"):
         read_labelled(listed(tmp_path, "x.mp4 cat", "y.mp4 bees", name="val.txt"))
+
+
+def test_a_file_made_from_names_says_nothing_of_numbers(tmp_path):
+    """Whoever numbered another list may have had another order."""
+    write_classes(read_labelled(listed(tmp_path, "a.mp4 cat", "b.mp4 ant", "c.mp4 bee", name="named.txt")))
+    numbers = listed(tmp_path, "a.mp4 0", "b.mp4 7")
+    assert read_labelled(numbers).classes == ()
+    file = tmp_path / "classes.txt"
+    assert read_class_names(str(file)) == CLASSES
+    file.write_text(file.read_text().removeprefix(MADE))
+    with pytest.raises(ListError, match=r"has label 7, but .*classes\.txt has 3 names"):
+        read_labelled(numbers)
 
 
 def test_numbers_get_their_names_from_classes_txt(tmp_path):
@@ -159,7 +171,7 @@ def test_bare_numbers_stay_and_it_is_said(tmp_path):
         (
             ["a.mp4 ant", "b.mp4 bee"],
             3,
-            "(with classes.txt beside it) has 2 classes (ant, bee), but model.num_classes is 3",
+            "list.txt has 2 classes (ant, bee), but model.num_classes is 3",
         ),
     ],
 )
@@ -228,6 +240,8 @@ def test_numbers_that_look_wrong_are_warned_of(tmp_path):
         in looked_at(source, [Entry("a", -1), Entry("b", 0)]).warnings
     )
     assert looked_at(source, [Entry("a", 0), Entry("b", 1)]).warnings == []
+    found = looked_at(source, [Entry("a", 0), Entry("b", 10**12)])  # a time, perhaps
+    assert found.warnings == ["label 1000000000000 is higher than any number of classes: it seems to be no label"]
 
 
 def test_lists_for_pre_training_only(tmp_path):

@@ -1,8 +1,8 @@
 """Labels: numbers and names of classes, and which number a name has.
 
-Class folders are numbered in alphabetical order. Where a list names classes, `classes.txt` beside it says their order,
-one name a line; `write_classes` makes it where there is none. What was trained knows the names of its classes: other
-data are numbered by these, see `Labelled.numbered_as`.
+Class folders are numbered in alphabetical order. `classes.txt` beside a list says the names of its classes in the order
+of their numbers; where a list names classes and there is no such file, `write_classes` makes it. What was trained knows
+the names of its classes: other data are numbered by these, see `Labelled.numbered_as`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from mvd_fast.errors import UserError
 from mvd_fast.names import printable, read_text, split_lines
 
 CLASSES = "classes.txt"
+# Numbers in another list may have another order.
+MADE = "# Made by mvd-fast from a list that names its classes. Lists of numbers go by it once this line is deleted.\n"
 FEW = 4  # names in a sentence
 
 logger = logging.getLogger(__name__)
@@ -106,7 +108,7 @@ def with_numbers(source: str, entries: Sequence[Entry]) -> Labelled:
             f"{printable(named.path)} has '{printable(named.label)}'; write one or the other"
         )
     file = classes_file(source)
-    known = read_class_names(file) if os.path.isfile(file) else ()
+    known = read_class_names(file, only_given=named is None) if os.path.isfile(file) else ()
     if named:
         names = sorted({entry.label for entry in entries})
         if broken := next((name for name in names if "\n" in name or "\r" in name), None):
@@ -154,10 +156,18 @@ def classes_file(source: str) -> str:
     return os.path.join(os.path.dirname(os.path.abspath(source)), CLASSES)
 
 
-def read_class_names(path: str) -> tuple[str, ...]:
-    """One name a line. Raises ListError for an empty line, or a name that stands twice."""
+def read_class_names(path: str, only_given: bool = False) -> tuple[str, ...]:
+    """One name a line, and comments (`# ...`). only_given: nothing of a file that `write_classes` made.
+
+    Raises ListError for an empty line, or a name that stands twice.
+    """
+    text = read_text(path, ListError)
+    if only_given and text.startswith(MADE):
+        return ()
     lines: dict[str, int] = {}
-    for number, line in enumerate(split_lines(read_text(path, ListError).rstrip(" \t\r\n")), start=1):
+    for number, line in enumerate(split_lines(text.rstrip(" \t\r\n")), start=1):
+        if line.startswith("# "):
+            continue
         if not (name := line.strip(" \t")):
             raise ListError(f"{printable(path)}, line {number}: it is empty; write one class's name a line")
         if (first := lines.setdefault(name, number)) != number:
@@ -174,7 +184,7 @@ def write_classes(labelled: Labelled) -> None:
     if not labelled.classes or os.path.isdir(labelled.source) or os.path.exists(file):
         return
     try:
-        write_beside(file, "".join(f"{name}\n" for name in labelled.classes))
+        write_beside(file, MADE + "".join(f"{name}\n" for name in labelled.classes))
     except UserError as error:
         logger.warning("the order of the classes is alphabetical and was not written down: %s", error)
 
@@ -188,7 +198,8 @@ def some(names: Iterable[str]) -> str:
 
 def _origin(source: str) -> str:
     """What says the names of a source's classes."""
-    return printable(source) if os.path.isdir(source) else f"{printable(source)} (with {CLASSES} beside it)"
+    beside = not os.path.isdir(source) and os.path.isfile(classes_file(source))
+    return f"{printable(source)} (with {CLASSES} beside it)" if beside else printable(source)
 
 
 def _nearest(name: str, classes: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from mvd_fast.names import printable
 MOST_CLASSES = 60  # that are named one by one
 ENDS = 5  # of more classes: those with the fewest and those with the most clips
 MOST_SIZES = 4
+MOST_NUMBER = 100_000  # of a class; what is higher is a mistake
 
 
 @dataclass
@@ -58,14 +59,19 @@ def _add_classes(found: Overview, source: str, entries: Sequence[Entry], files: 
     if labelled.classes and os.path.isfile(file := classes_file(source)) and not os.path.isdir(source):
         found.facts.append(f"names of the classes: {printable(file)}")
     listed = Counter(entry.label for entry in labelled.entries)
-    clips = Counter(entry.label for entry in labelled.entries if entry.path in files)
-    highest = max(len(labelled.classes) - 1, *listed)
-    counts = {label: clips[label] for label in range(min(0, *listed), highest + 1)}
-    held = [count for count in counts.values() if count]
-    spread = f"{min(held)} to {max(held)} usable files each, median {median(held):g}" if held else "no usable file"
-    found.facts.append(f"labels {min(listed)} to {max(listed)}, {len(listed)} classes; {spread}")
+    usable = Counter(entry.label for entry in labelled.entries if entry.path in files)
+    counts = {label: usable[label] for label in sorted({*listed, *range(len(labelled.classes))})}
+    spread = "no usable file"
+    if usable:
+        least, most = min(usable.values()), max(usable.values())
+        spread = f"{_range(least, most)} usable files each, median {median(usable.values()):g}"
+    found.facts.append(f"labels {_range(min(listed), max(listed))}, {len(listed)} classes; {spread}")
     found.facts += _each_class(labelled, counts)
     found.warnings += _odd_labels(labelled, listed, counts)
+
+
+def _range(least: int, most: int) -> str:
+    return f"{least} to {most}" if least != most else str(least)
 
 
 def _each_class(labelled: Labelled, counts: Mapping[int, int]) -> list[str]:
@@ -91,10 +97,12 @@ def _odd_labels(labelled: Labelled, listed: Mapping[int, int], counts: Mapping[i
         )
     if below := sum(count for label, count in listed.items() if label < 0):
         warnings.append(f"{below} files have a label below 0: for pre-training only")
-    empty = [label for label, count in counts.items() if not count and not (label == 0 and from_one)]
+    if (highest := max(counts)) > MOST_NUMBER:
+        return [*warnings, f"label {highest} is higher than any number of classes: it seems to be no label"]
+    empty = [label for label in range(from_one, highest + 1) if not counts.get(label)]
     if empty:
         names = some(_name(labelled, label) for label in empty)
-        warnings.append(f"{len(empty)} of {len(counts)} classes have no usable file: {names}")
+        warnings.append(f"{len(empty)} of {highest + 1} classes have no usable file: {names}")
     return warnings
 
 
