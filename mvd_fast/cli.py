@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mvd_fast.arguments import add_set_argument
 from mvd_fast.errors import INTERRUPTED, UserError
 from mvd_fast.names import print_safely
+from mvd_fast.training import launch
 
 if TYPE_CHECKING:
     from mvd_fast.config import RunConfig
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     exceptions keep their traceback, but for that of a reader who has left (`mvd-fast config list | head`).
     """
     print_safely()
+    place = launch.Placement()
     try:
+        place = launch.placement()
         status = _run(list(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()
         return status
@@ -38,10 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
         return READER_LEFT
     except UserError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        from mvd_fast.training.messages import complain
+
+        complain(error, place.rank, place.world_size)
         return error.status
     except KeyboardInterrupt:
-        print(f"\n{PROGRAM}: stopped by Ctrl-C", file=sys.stderr)
+        if place.rank == 0:
+            print(f"\n{PROGRAM}: stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED
 
 

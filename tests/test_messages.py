@@ -141,6 +141,21 @@ def test_what_all_ranks_find_is_said_once_before_deepspeed_starts(inputs: Path, 
     assert "Traceback" not in together
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "no-run", "--data", "no-list"],
+        ["ava-evaluate", "no-run", "--annotations", "no.csv", "--label-map", "no.pbtxt"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_all_ranks_of_a_test_find_is_said_once(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "mvd_fast.cli", *arguments]
+    said = [tiny_runs.finish(process) for process in tiny_runs.start_ranks(command)]
+    assert [status for status, _ in said] == [2, 2], said
+    assert said[0][1].startswith("mvd-fast: error: ") and said[0][1].count("\n") == 1 and said[1][1] == ""
+
+
 def test_wrong_arguments_are_said_once() -> None:
     command = [sys.executable, "-m", "mvd_fast.train", "--config", "vitl", "--bogus"]
     said = [tiny_runs.finish(process) for process in tiny_runs.start_ranks(command)]
@@ -288,7 +303,7 @@ def test_compiling_is_said_first_and_once(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(launch, "device", lambda: torch.device("cpu"))
     deepspeed_start.start_deepspeed()
-    assert "compiling DeepSpeed's communication between CPU ranks; this happens once" in said_before[0]
+    assert "compiling DeepSpeed's communication between CPU ranks, once" in said_before[0]
     (deepspeed_start.extension_folder() / f"{deepspeed_start.EXTENSION}.so").touch()
     deepspeed_start.start_deepspeed()
     assert said_before[1] == "" and capsys.readouterr() == ("", "")

@@ -113,6 +113,8 @@ ALLOWED = {
         "mvd_fast.doctor",
         "mvd_fast.finetune",
         "mvd_fast.train",
+        "mvd_fast.training",
+        "mvd_fast.training.launch",
     },
 }
 

@@ -48,20 +48,11 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     """The command `ava-evaluate`; 0, or 1 when videos were left out. Under a launcher each rank takes its share."""
     args = _evaluate_parser().parse_args(argv)
     out = Path(args.out or Path(args.checkpoint) / "ava_detections.csv")
-    actions, truth, excluded = _read_truth(args)
-    people = ava_files.read_proposals(args.proposals, args.threshold) if args.proposals else truth
-    model, config = load_detector(args.checkpoint)
-    classes = config.model.num_classes
-    if beyond := [number for number in actions if number > classes]:
-        raise UserError(f"{args.label_map} has action {beyond[0]}, but the checkpoint knows {classes} actions only")
-
-    from mvd_fast.data.kinds.ava import scenes_of
-
-    root = args.root or str(Path(args.annotations).absolute().parent)
-    scenes = scenes_of(people, classes, excluded, root, args.proposals or args.annotations, with_labels=False)
-    make_folder(out.parent)
-
     with launch.init_process_group(alone=False) as rank:
+        with launch.errors_together():
+            actions, truth, excluded = _read_truth(args)
+            model, config, scenes = _tested(args, actions, truth, excluded)
+            make_folder(out.parent)
         found, left_out = _with_progress(model, config, scenes, sorted(actions), args, rank)
     if rank:
         return 0
@@ -80,6 +71,22 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     _print(report)
     print(f"detections: {out}; summary: {out.with_suffix('.json')}")
     return 1 if left_out else 0
+
+
+def _tested(
+    args: argparse.Namespace, actions: dict[int, str], truth: Boxes, excluded: frozenset[KeyFrame]
+) -> tuple[torch.nn.Module, RunConfig, list[Scene]]:
+    """The detector, its run's config, and the scenes that it is tested on."""
+    from mvd_fast.data.kinds.ava import scenes_of
+
+    model, config = load_detector(args.checkpoint)
+    classes = config.model.num_classes
+    if beyond := [number for number in actions if number > classes]:
+        raise UserError(f"{args.label_map} has action {beyond[0]}, but the checkpoint knows {classes} actions only")
+    people = ava_files.read_proposals(args.proposals, args.threshold) if args.proposals else truth
+    root = args.root or str(Path(args.annotations).absolute().parent)
+    origin = args.proposals or args.annotations
+    return model, config, scenes_of(people, classes, excluded, root, origin, with_labels=False)
 
 
 def summary(result: FrameMap, actions: Mapping[int, str]) -> dict[str, Any]:

@@ -39,15 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from mvd_fast.teachers import DTYPES
 
-    network, clips, views, description, known = load_classifier(args)
-    classes = network.head.out_features
-    given = _given_names(args, known, classes)
-    found = _labelled(args, known or given, classes)
-    entries, numbering = found.entries, found.note
-    names = given or known or [str(number) for number in range(classes)]
-    if args.out:
-        make_folder(args.out)
     with launch.init_process_group(alone=False) as rank:
+        with launch.errors_together():
+            network, clips, views, description, known = load_classifier(args)
+            classes = network.head.out_features
+            given = _given_names(args, known, classes)
+            found = _labelled(args, known or given, classes)
+            entries, numbering = found.entries, found.note
+            names = given or known or [str(number) for number in range(classes)]
+            if args.out:
+                make_folder(args.out)
         device = launch.device(args.device)
         network = network.to(device, DTYPES[args.precision]).eval()
         found = _with_progress(network, clips, views, entries, device, args, rank)

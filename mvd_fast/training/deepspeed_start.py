@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mvd_fast.errors import UserError
 
-from . import launch
+from . import launch, messages
 
 # DeepSpeed's communication between ranks on CPUs, compiled at its first use for the torch of this environment.
 EXTENSION = "deepspeed_shm_comm"
@@ -19,9 +19,9 @@ EXTENSION = "deepspeed_shm_comm"
 def start_deepspeed() -> None:
     """DeepSpeed takes over this process's group. Says so first where that takes a minute or two to compile."""
     if is_compilation_due() and launch.rank() == 0:
-        sys.stderr.write(
-            "mvd-fast: compiling DeepSpeed's communication between CPU ranks; this happens once and takes a minute or "
-            "two (`make setup` does it beforehand)\n"
+        messages.say(
+            "mvd-fast: compiling DeepSpeed's communication between CPU ranks, once;",
+            "  this takes a minute or two, and `make setup` does it beforehand",
         )
     import deepspeed
 

@@ -229,6 +229,8 @@ def raise_together(error: UserError | None) -> None:
             ranks.setdefault(sentence, []).append(number)
     if not ranks:
         return
+    if world_size() == 1:
+        raise error
     lines = []
     for sentence, those in ranks.items():
         which = f"rank{'s' if those[1:] else ''} {', '.join(map(str, those))}"
@@ -236,6 +238,17 @@ def raise_together(error: UserError | None) -> None:
     together = UserError("\n".join(lines))
     together.everywhere = True
     raise together
+
+
+@contextmanager
+def errors_together() -> Iterator[None]:
+    """What all ranks check alike: a UserError in the block is raised on every rank (collective)."""
+    fault = None
+    try:
+        yield
+    except UserError as error:
+        fault = error
+    raise_together(fault)
 
 
 def barrier() -> None:
