@@ -310,9 +310,17 @@ def test_compiling_is_said_first_and_once(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_the_extension_belongs_to_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    assert deepspeed_start.extension_folder().parent == tmp_path / "torch_extensions"
+    """To each of its paths, as the compiler's command names them."""
+    (tmp_path / "env").mkdir()
+    (tmp_path / "link").symlink_to("env")
+    folders = []
+    for name in ("env", "link", "env"):
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        monkeypatch.setattr(sys, "prefix", str(tmp_path / name))
+        folders.append(deepspeed_start.extension_folder())
+        assert folders[-1].parents[1] == tmp_path / name / "torch_extensions"
+    assert folders[0] == folders[2] and folders[0].name == folders[1].name == deepspeed_start.EXTENSION
+    assert not folders[0].samefile(folders[1])
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "mine"))
     assert deepspeed_start.extension_folder().parent == tmp_path / "mine"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import sys
@@ -47,11 +48,13 @@ def is_compilation_due() -> bool:
 def extension_folder() -> Path:
     """Where torch keeps the extension. It is part of this environment where that can be written to.
 
-    torch's own default is one folder for all environments of a user, which they compile for themselves in turns.
+    torch's own default is one folder for all environments of a user: each compiles anew what another has compiled, as
+    its path differs. So do links to one environment, hence a folder for each path.
     """
     own = Path(sys.prefix) / "torch_extensions"
     if os.access(own if own.exists() else sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own))
+        path = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own / path))
     from torch.utils import cpp_extension
 
     return Path(cpp_extension._get_build_directory(EXTENSION, verbose=False))
