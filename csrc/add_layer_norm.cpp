@@ -64,12 +64,27 @@ Tensor as_float(const OptionalTensor& t) { return t ? as_float(*t) : Tensor(); }
 
 int64_t padded(int64_t width) { return (width + kPadding - 1) / kPadding * kPadding; }
 
-// [D] -> [padded D], in the order that rows of T are computed in.
+// [D] in fp32 or bf16 -> fp32 [padded D], in the order that rows of T are computed in.
 template <class T>
-Tensor laid_out(const Tensor& columns) {
-  const Tensor values = as_float(columns);
-  Tensor out = at::empty({padded(values.numel())}, values.options());
-  MVD_DISPATCH(add_layer_norm_lay_out<T>)(input<float>(values), values.numel(), output<float>(out));
+Tensor laid_out(const Tensor& columns_any) {
+  const Tensor columns = columns_any.contiguous();
+  const int64_t width = columns.numel();
+  Tensor out = at::empty({padded(width)}, at::kFloat);
+  if (columns.scalar_type() == at::kFloat)
+    MVD_DISPATCH(add_layer_norm_lay_out<T, float>)(input<float>(columns), width, output<float>(out));
+  else
+    MVD_DISPATCH(add_layer_norm_lay_out<T, mvd::bf16>)(input<mvd::bf16>(columns), width, output<float>(out));
+  return out;
+}
+
+// The reverse: a new tensor like `columns`.
+template <class T>
+Tensor taken_out(const float* laid_out, const Tensor& columns) {
+  Tensor out = at::empty({columns.numel()}, columns.options());
+  if (columns.scalar_type() == at::kFloat)
+    MVD_DISPATCH(add_layer_norm_take_out<T, float>)(laid_out, out.numel(), output<float>(out));
+  else
+    MVD_DISPATCH(add_layer_norm_take_out<T, mvd::bf16>)(laid_out, out.numel(), output<mvd::bf16>(out));
   return out;
 }
 
@@ -84,7 +99,9 @@ void check(const Tensor& x, std::initializer_list<const Tensor*> like, std::init
     TORCH_CHECK(!t->defined() || (t->sizes() == x.sizes() && t->scalar_type() == x.scalar_type()),
                 "all must have the shape and dtype of x");
   for (const Tensor* t : columns)
-    TORCH_CHECK(x.dim() >= 1 && t->numel() == x.size(-1), "weight and bias must have an entry per column of x");
+    TORCH_CHECK(x.dim() >= 1 && t->numel() == x.size(-1) &&
+                    (t->scalar_type() == at::kFloat || t->scalar_type() == at::kBFloat16),
+                "weight and bias must have a float32 or bfloat16 entry per column of x");
 }
 
 template <class T>
@@ -133,20 +150,19 @@ void run_backward(const mvd::AddLayerNormBackward<T>& op, int64_t rows, int64_t 
   });
 }
 
-// -> gradients of x, branch, weight and bias (the last two fp32), each without entries where it is not needed
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const OptionalTensor& grad_sum_any,
-                                                                   const Tensor& grad_normed_any, const Tensor& sum_any,
-                                                                   const Tensor& weight, const Tensor& mean,
-                                                                   const Tensor& rstd, const OptionalTensor& scale_any,
-                                                                   bool need_x, bool need_branch, bool need_affine) {
+// -> gradients of x, branch, weight and bias, each without entries where it is not needed
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
+    const OptionalTensor& grad_sum_any, const Tensor& grad_normed_any, const Tensor& sum_any, const Tensor& weight,
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, const OptionalTensor& scale_any, bool need_x,
+    bool need_branch, bool need_affine) {
   const Tensor grad_sum = contiguous(grad_sum_any), grad_normed = grad_normed_any.contiguous();
   const Tensor sum = sum_any.contiguous(), scale = as_float(scale_any);
-  check(sum, {&grad_sum, &grad_normed}, {&weight});
+  check(sum, {&grad_sum, &grad_normed}, {&weight, &bias});
   const int64_t rows = rows_of(sum), width = sum.size(-1);
   TORCH_CHECK(mean.numel() == rows && rstd.numel() == rows, "mean and rstd must have an entry per row");
   Tensor grad_x = need_x ? at::empty_like(sum) : at::empty({0}, sum.options());
   Tensor grad_branch = need_branch ? at::empty_like(sum) : at::empty({0}, sum.options());
-  Tensor grad_weight = at::empty({need_affine ? width : 0}, mean.options()), grad_bias = at::empty_like(grad_weight);
+  Tensor grad_weight = at::empty({0}, weight.options()), grad_bias = at::empty({0}, bias.options());
   const int64_t blocks = std::clamp<int64_t>(rows / kRowsPerBlock, 1, kBlocks);
   const Tensor partial = need_affine ? at::empty({blocks, 2, padded(width)}, mean.options()) : Tensor();
 
@@ -157,10 +173,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Optiona
                      output<T>(grad_x), output<T>(grad_branch)},
                     rows, blocks, partial);
     if (!need_affine) return;
-    const Tensor sums = partial.sum(0);
-    const float* laid_out = input<float>(sums);
-    MVD_DISPATCH(add_layer_norm_take_out<T>)(laid_out, width, output<float>(grad_weight));
-    MVD_DISPATCH(add_layer_norm_take_out<T>)(laid_out + padded(width), width, output<float>(grad_bias));
+    const Tensor sums = blocks == 1 ? partial : partial.sum(0);
+    grad_weight = taken_out<T>(input<float>(sums), weight);
+    grad_bias = taken_out<T>(input<float>(sums) + padded(width), bias);
   };
   sum.scalar_type() == at::kFloat ? run(float{}) : run(mvd::bf16{});
   return {grad_x, grad_branch, grad_weight, grad_bias};
@@ -169,14 +184,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Optiona
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mvd_kernels, m) {
-  m.def("add_layer_norm_cpp(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps, Tensor? scale) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("add_layer_norm_backward_cpp(Tensor? grad_sum, Tensor grad_normed, Tensor sum, Tensor weight, Tensor mean, "
-        "Tensor rstd, Tensor? scale, bool need_x, bool need_branch, bool need_affine) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(mvd_kernels, CPU, m) {
-  m.impl("add_layer_norm_cpp", &add_layer_norm);
-  m.impl("add_layer_norm_backward_cpp", &add_layer_norm_backward);
+  m.def("add_layer_norm_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(add_layer_norm)));
+  m.def("add_layer_norm_backward_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(add_layer_norm_backward)));
 }

@@ -70,14 +70,16 @@ MVD_INLINE int64_t place(int64_t j) {
   return kEvenOdd && sizeof(T) == 2 ? j / kStep * kStep + j % 2 * W + j % kStep / 2 : j;
 }
 
-template <class T>
-void add_layer_norm_lay_out(const float* columns, int64_t width, float* out) {
+template <class T, class S>
+void add_layer_norm_lay_out(const S* columns, int64_t width, float* out) {
   std::fill_n(out, (width + kStep - 1) / kStep * kStep, 0.0f);
-  for (int64_t j = 0; j < width; ++j) out[place<T>(j)] = clean(columns[j]);
+  for (int64_t j = 0; j < width; ++j) out[place<T>(j)] = clean(to_float(columns[j]));
 }
-template <class T>
-void add_layer_norm_take_out(const float* laid_out, int64_t width, float* columns) {
-  for (int64_t j = 0; j < width; ++j) columns[j] = laid_out[place<T>(j)];
+MVD_INLINE void round_to(float x, float* out) { *out = x; }
+MVD_INLINE void round_to(float x, bf16* out) { *out = to_bf16(x); }
+template <class T, class S>
+void add_layer_norm_take_out(const float* laid_out, int64_t width, S* columns) {
+  for (int64_t j = 0; j < width; ++j) round_to(laid_out[place<T>(j)], columns + j);
 }
 
 // The entries at `row + j`, `columns` of them or, in a row's last step, fewer: then zeros follow.

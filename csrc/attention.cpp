@@ -143,12 +143,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_any, co
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mvd_kernels, m) {
-  m.def("attention_cpp(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)");
-  m.def("attention_backward_cpp(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) "
-        "-> (Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(mvd_kernels, CPU, m) {
-  m.impl("attention_cpp", &attention);
-  m.impl("attention_backward_cpp", &attention_backward);
+  m.def("attention_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(attention)));
+  m.def("attention_backward_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(attention_backward)));
 }

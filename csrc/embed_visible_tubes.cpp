@@ -176,13 +176,6 @@ std::vector<at::Tensor> embed_visible_tubes_backward(const at::Tensor& grad, con
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mvd_kernels, m) {
-  m.def("embed_visible_tubes_cpp(Tensor video, Tensor weight, Tensor? bias, Tensor? pos, Tensor visible_index, "
-        "float[] mean, float[] std) -> Tensor");
-  m.def("embed_visible_tubes_backward_cpp(Tensor grad, Tensor video, Tensor weight, Tensor visible_index, "
-        "float[] mean, float[] std, bool[] needed, int pos_clips) -> Tensor[]");
-}
-
-TORCH_LIBRARY_IMPL(mvd_kernels, CPU, m) {
-  m.impl("embed_visible_tubes_cpp", &embed_visible_tubes);
-  m.impl("embed_visible_tubes_backward_cpp", &embed_visible_tubes_backward);
+  m.def("embed_visible_tubes_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(embed_visible_tubes)));
+  m.def("embed_visible_tubes_backward_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(embed_visible_tubes_backward)));
 }

@@ -112,9 +112,10 @@ void run(const Tensor& x, const Tensor& packed, const Tensor& scale, const Optio
           scale.numel(), stride, ceil_div(depth, mvd::kGroup), gelu});
 }
 
-// x [..., C], packed weight, scale fp32 [D], bias [D] -> [..., D] in x's dtype
-Tensor linear_8bit(const Tensor& x_any, const Tensor& packed_any, const Tensor& scale_any,
-                   const OptionalTensor& bias_any, bool gelu) {
+// x [..., C], weight int8 [D, C], scale fp32 [D], the weight packed (or it is now), bias [D] -> [..., D] in x's dtype
+Tensor linear_8bit(const Tensor& x_any, const Tensor& weight, const Tensor& scale_any,
+                   const OptionalTensor& packed_weight, const OptionalTensor& bias_any, bool gelu) {
+  const Tensor packed_any = packed_weight ? *packed_weight : pack(weight);
   TORCH_CHECK(x_any.dim() >= 1 && x_any.size(-1) > 0, "x is [..., C], C at least 1");
   const int64_t bytes = (ceil_div(x_any.size(-1), mvd::kGroup) + 1) * mvd::kPanel * mvd::kGroup;
   TORCH_CHECK(packed_any.dim() == 2 && packed_any.size(1) == bytes && packed_any.scalar_type() == at::kChar &&
@@ -139,11 +140,6 @@ Tensor linear_8bit(const Tensor& x_any, const Tensor& packed_any, const Tensor& 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mvd_kernels, m) {
-  m.def("linear_8bit_pack_cpp(Tensor weight) -> Tensor");
-  m.def("linear_8bit_cpp(Tensor x, Tensor packed, Tensor scale, Tensor? bias, bool gelu) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(mvd_kernels, CPU, m) {
-  m.impl("linear_8bit_pack_cpp", &pack);
-  m.impl("linear_8bit_cpp", &linear_8bit);
+  m.def("linear_8bit_pack_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(pack)));
+  m.def("linear_8bit_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(linear_8bit)));
 }

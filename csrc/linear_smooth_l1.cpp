@@ -149,8 +149,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_smooth_l1(const Tensor& x, con
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mvd_kernels, m) {
-  m.def("linear_smooth_l1_cpp(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? index, float beta, "
-        "bool normalize, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_smooth_l1_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(linear_smooth_l1)));
 }
-
-TORCH_LIBRARY_IMPL(mvd_kernels, CPU, m) { m.impl("linear_smooth_l1_cpp", &linear_smooth_l1); }

@@ -105,13 +105,6 @@ std::vector<at::Tensor> scatter_mask_tokens_backward(at::TensorList gradients, c
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mvd_kernels, m) {
-  m.def("scatter_mask_tokens_cpp(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] mask_tokens, Tensor[] pos, "
-        "Tensor visible_index, Tensor masked_index) -> Tensor[]");
-  m.def("scatter_mask_tokens_backward_cpp(Tensor[] grads, Tensor x, Tensor[] weights, Tensor visible_index, "
-        "Tensor masked_index, bool[] needed, int tokens) -> Tensor[]");
-}
-
-TORCH_LIBRARY_IMPL(mvd_kernels, CPU, m) {
-  m.impl("scatter_mask_tokens_cpp", &scatter_mask_tokens);
-  m.impl("scatter_mask_tokens_backward_cpp", &scatter_mask_tokens_backward);
+  m.def("scatter_mask_tokens_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(scatter_mask_tokens)));
+  m.def("scatter_mask_tokens_backward_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(scatter_mask_tokens_backward)));
 }

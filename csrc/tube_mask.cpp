@@ -73,12 +73,6 @@ at::Tensor tube_mask_of_keys(const at::Tensor& keys, int64_t masked) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mvd_kernels, m) {
-  m.def("tube_mask_cpp(int seed, int epoch, Tensor samples, int slices, int positions, int masked) "
-        "-> (Tensor, Tensor, Tensor)");
-  m.def("tube_mask_of_keys_cpp(Tensor keys, int masked) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(mvd_kernels, CPU, m) {
-  m.impl("tube_mask_cpp", &tube_mask);
-  m.impl("tube_mask_of_keys_cpp", &tube_mask_of_keys);
+  m.def("tube_mask_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(tube_mask)));
+  m.def("tube_mask_of_keys_cpp", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(tube_mask_of_keys)));
 }

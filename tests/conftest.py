@@ -8,6 +8,8 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
+# Else a test may meet what torch.compile made of an earlier version of an operator.
+os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
 if not torch.cuda.is_available():
     # Read when a kernel is decorated, so it must be set before mvd_kernels is imported.
     os.environ["TRITON_INTERPRET"] = "1"

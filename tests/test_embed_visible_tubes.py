@@ -373,7 +373,7 @@ def test_compiles_into_one_graph():
         ({"weight": torch.zeros(13, 96)}, r"weight is torch.float32 \[13, 96\] .*\[D, 3, t, p, p\]"),
         ({"weight": torch.zeros(13, 3, 2, 4, 2)}, r"weight is torch.float32 \[13, 3, 2, 4, 2\]"),
         ({"weight": torch.zeros(13, 3, 2, 4, 4, device="meta")}, "video is torch.uint8 .* on meta"),
-        ({"bias": torch.zeros(12)}, r"bias is torch.float32 \[12\] on cpu; it must be floating-point \[13\] on cpu"),
+        ({"bias": torch.zeros(12)}, r"bias is torch.float32 \[12\] on cpu; it must be floating point \[13\] on cpu"),
         (
             {"pos": torch.zeros(11, 13)},
             r"pos is torch.float32 \[11, 13\] .*\[12, 13\] or \[1, 12, 13\] or \[2, 12, 13\]",

@@ -347,8 +347,11 @@ def test_compiles_into_one_graph():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"x": torch.zeros(6, 11)}, r"x is torch.float32 \[6, 11\] on cpu; it must be floating-point \[B, Nv, E\]"),
-        ({"x": torch.zeros(2, 4, 11)}, r"visible_index is torch.int64 \[2, 3\].*each row of x \[2, 4, 11\]"),
+        ({"x": torch.zeros(6, 11)}, r"x is torch.float32 \[6, 11\] on cpu; it must be floating point \[B, Nv, E\]"),
+        (
+            {"x": torch.zeros(2, 4, 11)},
+            r"visible_index is torch.int64 \[2, 3\] on cpu; it must be torch.int64 \[2, 4\]",
+        ),
         ({"weights": []}, "0 weights, 2 biases, 2 mask_tokens, 2 pos; there must be one of each"),
         ({"mask_tokens": [torch.zeros(13)]}, "2 weights, 2 biases, 1 mask_tokens"),
         ({"mask_tokens": torch.zeros(2, 13)}, "weights is a list, but mask_tokens a tensor"),
@@ -361,7 +364,7 @@ def test_compiles_into_one_graph():
             {"weights": [torch.zeros(13, 11), torch.zeros(8, 11).half()]},
             r"weights\[1\] is torch.float16 .*torch.float32",
         ),
-        ({"biases": [None, torch.zeros(9)]}, r"biases\[1\] is torch.float32 \[9\].*floating-point \[8\]"),
+        ({"biases": [None, torch.zeros(9)]}, r"biases\[1\] is torch.float32 \[9\].*floating point \[8\]"),
         ({"mask_tokens": [torch.zeros(13), torch.zeros(2, 8)]}, r"mask_tokens\[1\] is torch.float32 \[2, 8\].*\[8\]"),
         ({"pos": [torch.zeros(12, 13), torch.zeros(11, 8)]}, r"pos\[1\] is torch.float32 \[11, 8\].*\[12, 8\]"),
         (

@@ -1,4 +1,4 @@
-"""What the operators on token matrices share: argument checks, and Triton kernels that sum rows.
+"""What the operators on token matrices share on GPUs: Triton kernels that sum rows.
 
 Shapes: B clips, R rows of a clip, C columns, N tokens. Sums are fp32 and in a fixed order: no atomics.
 """
@@ -11,45 +11,6 @@ from torch import Tensor
 from mvd_kernels._triton import autotune, launch, tl, triton
 
 _ROWS_PER_SUM = 128
-
-
-def describe(x: object) -> str:
-    """A tensor's dtype, shape and device, for error messages; of anything else its type."""
-    return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-
-
-def check_index(name: str, index: object, batch: int, like: Tensor) -> None:
-    """Raises ValueError unless index is int64 [batch, any number] where `like` is. The kernels check the range."""
-    if (
-        not isinstance(index, Tensor)
-        or index.dtype != torch.int64
-        or index.ndim != 2
-        or index.shape[0] != batch
-        or index.device != like.device
-    ):
-        raise ValueError(f"{name} is {describe(index)}; it must be torch.int64 [{batch}, tokens] on {like.device}")
-
-
-def check_vector(name: str, x: object, size: int, like: Tensor) -> None:
-    """Raises ValueError unless x is a floating-point [size] where `like` is."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or tuple(x.shape) != (size,) or x.device != like.device:
-        raise ValueError(f"{name} is {describe(x)}; it must be floating-point [{size}] on {like.device}")
-
-
-def check_pos(name: str, pos: object, clips: tuple[int, ...], tokens: int, width: int, like: Tensor) -> Tensor:
-    """pos [N, C] or [clips, N, C] as [clips, N, C] in fp32 or the dtype of `like`; N is not checked if negative."""
-    valid = isinstance(pos, Tensor) and pos.is_floating_point() and pos.device == like.device and pos.ndim in (2, 3)
-    if valid:
-        table = pos if pos.ndim == 3 else pos[None]
-        valid = table.shape[0] in clips and table.shape[2] == width and (tokens < 0 or table.shape[1] == tokens)
-    if not valid:
-        count = "N" if tokens < 0 else tokens
-        shapes = " or ".join(str([*lead, count, width]).replace("'", "") for lead in [(), *((one,) for one in clips)])
-        raise ValueError(f"{name} is {describe(pos)}; it must be floating-point {shapes} on {like.device}")
-    return table if table.dtype in (like.dtype, torch.float32) else table.to(like.dtype)
-
-
-# ---- Triton ----
 
 
 @autotune([{"BLOCK": 128, "num_warps": 4}, {"BLOCK": 64, "num_warps": 4}], key=["width"])

@@ -10,78 +10,75 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvd_kernels._dispatch import Operator, autocast_dtype, once_differentiable
-from mvd_kernels._token_rows import describe
-from mvd_kernels._triton import HAS_TRITON, launch, tl, triton
+from mvd_kernels._checks import FLOAT, OPTIONAL, Checks
+from mvd_kernels._dispatch import autocast_dtype
+from mvd_kernels._operator import Operator
+from mvd_kernels._triton import launch, tl, triton
 
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
 _HALVES = (torch.float16, torch.bfloat16)
+_CHECKS = Checks(
+    x=(FLOAT, "... D+"), branch=("x", "like x", OPTIONAL), weight=("x or float32", "D"), bias=("x or float32", "D")
+)
+_SCALE = Checks(scale=(FLOAT, "B"))
 _DTYPES = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, *_HALVES)}
 
 
-# ---- reference ----
+# ---- what it gives ----
 
 
-def _reference(
+def _outputs(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None
-) -> Four:
-    """-> sum, normed, mean [R], 1 / standard deviation [R]."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    total = x
-    if branch is not None:
-        total = (x.to(wide) + _scaled(branch.to(wide), scale)).to(x.dtype)
-    normed, mean, rstd = torch.native_layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
-    return total, normed.to(x.dtype), mean.flatten(), rstd.flatten()
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> sum (without entries where there is no branch: it would be x), normed, mean [R], 1 / deviation [R]."""
+    rows = x.numel() // x.shape[-1]
+    return (
+        x.new_empty(x.shape if branch is not None else 0),
+        x.new_empty(x.shape),
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.float32),
+    )
 
 
-def _reference_backward(
+def _gradients(
     grad_sum: Tensor | None,
     grad_normed: Tensor,
     total: Tensor,
     weight: Tensor,
+    bias: Tensor,
     mean: Tensor,
     rstd: Tensor,
     scale: Tensor | None,
     need_x: bool,
     need_branch: bool,
     need_affine: bool,
-) -> Four:
-    wide = torch.promote_types(total.dtype, torch.float32)
-    rows = (*total.shape[:-1], 1)
-    grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad_normed.to(wide),
-        total.to(wide),
-        weight.shape,
-        mean.view(rows),
-        rstd.view(rows),
-        weight.to(wide),
-        weight.to(wide),  # stands for the bias, of which only the shape matters
-        (True, True, True),
-    )
-    if grad_sum is not None:
-        grad = grad + grad_sum
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of x, branch, weight, bias, those not needed without entries."""
+    width = total.shape[-1] if need_affine else 0
     return (
-        grad.to(total.dtype) if need_x else total.new_empty(0),
-        _scaled(grad, scale).to(total.dtype) if need_branch else total.new_empty(0),
-        *((grad_weight, grad_bias) if need_affine else (total.new_empty(0), total.new_empty(0))),
+        total.new_empty(total.shape if need_x else 0),
+        total.new_empty(total.shape if need_branch else 0),
+        weight.new_empty(width),
+        bias.new_empty(width),
     )
+
+
+# ---- reference ----
+
+
+def _reference(x, branch, weight, bias, eps, scale) -> tuple[Tensor, Tensor]:
+    """-> sum, normed."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x
+    if branch is not None:
+        total = (x.to(wide) + _scaled(branch.to(wide), scale)).to(x.dtype)
+    return total, F.layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
 
 def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
     return branch if scale is None else branch * scale.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
-
-
-# ---- C++ ----
-
-
-def _cpp(*arguments) -> Four:
-    return torch.ops.mvd_kernels.add_layer_norm_cpp(*arguments)
-
-
-def _cpp_backward(*arguments) -> Four:
-    return torch.ops.mvd_kernels.add_layer_norm_backward_cpp(*arguments)
 
 
 # ---- Triton: a row at a time ----
@@ -205,8 +202,10 @@ def _sum_columns_kernel(
         there = inside & (row < programs)
         weight_sum += tl.load(partial_ptr + row.to(tl.int64) * width + d[None, :], mask=there, other=0.0)
         bias_sum += tl.load(partial_ptr + (programs + row).to(tl.int64) * width + d[None, :], mask=there, other=0.0)
-    tl.store(grad_weight_ptr + d, tl.sum(weight_sum, axis=0), mask=d < width)
-    tl.store(grad_bias_ptr + d, tl.sum(bias_sum, axis=0), mask=d < width)
+    grad_weight_d = tl.sum(weight_sum, axis=0).to(grad_weight_ptr.dtype.element_ty)
+    grad_bias_d = tl.sum(bias_sum, axis=0).to(grad_bias_ptr.dtype.element_ty)
+    tl.store(grad_weight_ptr + d, grad_weight_d, mask=d < width)
+    tl.store(grad_bias_ptr + d, grad_bias_d, mask=d < width)
 
 
 _MOST_PROGRAMS = 1024  # of the backward kernel: eight on each of 128 multiprocessors
@@ -229,10 +228,10 @@ def _size(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _launch(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None) -> Four:
+def _launch(x, branch, weight, bias, eps, scale):
     x = x.contiguous()
     branch = branch if branch is None else branch.contiguous()
-    outputs = total, normed, mean, rstd = _empty_outputs(x, branch)
+    outputs = total, normed, mean, rstd = _outputs(x, branch, weight, bias, eps, scale)
     width = x.shape[-1]
     if x.numel():
         absent = normed  # any pointer: the kernel does not use it
@@ -260,21 +259,12 @@ def _launch(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps:
     return outputs
 
 
-def _launch_backward(
-    grad_sum: Tensor | None,
-    grad_normed: Tensor,
-    total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    scale: Tensor | None,
-    need_x: bool,
-    need_branch: bool,
-    need_affine: bool,
-) -> Four:
+def _launch_backward(grad_sum, grad_normed, total, weight, bias, mean, rstd, scale, need_x, need_branch, need_affine):
     total, grad_normed = total.contiguous(), grad_normed.contiguous()
     grad_sum = grad_sum if grad_sum is None else grad_sum.contiguous()
-    outputs = grad_x, grad_branch, grad_weight, grad_bias = _empty_gradients(total, need_x, need_branch, need_affine)
+    outputs = grad_x, grad_branch, grad_weight, grad_bias = _gradients(
+        grad_sum, grad_normed, total, weight, bias, mean, rstd, scale, need_x, need_branch, need_affine
+    )
     rows, width = mean.numel(), total.shape[-1]
     if not rows:
         return grad_x, grad_branch, grad_weight.zero_(), grad_bias.zero_()
@@ -327,133 +317,54 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for kind, branch, scale in (("alone", None, None), ("add", x, None), ("drop path", x, per_row[:2])):
             needs = (True, scale is not None, True)
             yield f"{case} {kind}", partial(_launch, x, branch, weight, weight, 1e-6, scale)
-            yield f"{case} {kind}", partial(_launch_backward, branch, x, x, weight, per_row, per_row, scale, *needs)
+            norm = (weight, weight, per_row, per_row)
+            yield f"{case} {kind}", partial(_launch_backward, branch, x, x, *norm, scale, *needs)
 
 
-# ---- registration ----
-
-_operator = Operator(
-    "add_layer_norm", reference=_reference, cpp=_cpp, triton=_launch if HAS_TRITON else None, dtypes=_DTYPES
-)
-_backward_operator = Operator(
-    "_add_layer_norm_backward",
-    reference=_reference_backward,
-    cpp=_cpp_backward,
-    triton=_launch_backward if HAS_TRITON else None,
-    dtypes=_DTYPES,
-)
+# ---- declaration ----
 
 
-@torch.library.custom_op("mvd_kernels::add_layer_norm", mutates_args=())
-def _add_layer_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> sum (without entries where there is no branch: it would be x), normed, mean [R], rstd [R]."""
-    return _operator(x, x, branch, weight, bias, eps, scale)
-
-
-@_add_layer_norm.register_fake
-def _fake(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None):
-    return _empty_outputs(x, branch)
-
-
-def _empty_outputs(x: Tensor, branch: Tensor | None) -> Four:
-    rows = x.numel() // x.shape[-1]
-    return (
-        x.new_empty(x.shape if branch is not None else 0),
-        x.new_empty(x.shape),
-        x.new_empty(rows, dtype=torch.float32),
-        x.new_empty(rows, dtype=torch.float32),
-    )
-
-
-@torch.library.custom_op("mvd_kernels::add_layer_norm_backward", mutates_args=())
-def _add_layer_norm_backward(
-    grad_sum: Tensor | None,
-    grad_normed: Tensor,
-    total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    scale: Tensor | None,
-    need_x: bool,
-    need_branch: bool,
-    need_affine: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of x, branch, weight, bias (the last two fp32), those not needed without entries."""
-    needs = (need_x, need_branch, need_affine)
-    return _backward_operator(total, grad_sum, grad_normed, total, weight, mean, rstd, scale, *needs)
-
-
-@_add_layer_norm_backward.register_fake
-def _fake_backward(
-    grad_sum: Tensor | None,
-    grad_normed: Tensor,
-    total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    scale: Tensor | None,
-    need_x: bool,
-    need_branch: bool,
-    need_affine: bool,
-):
-    return _empty_gradients(total, need_x, need_branch, need_affine)
-
-
-def _empty_gradients(total: Tensor, need_x: bool, need_branch: bool, need_affine: bool) -> Four:
-    width = total.shape[-1] if need_affine else 0
-    return (
-        total.new_empty(total.shape if need_x else 0),
-        total.new_empty(total.shape if need_branch else 0),
-        total.new_empty(width, dtype=torch.float32),
-        total.new_empty(width, dtype=torch.float32),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, branch, weight, bias, _, scale = inputs
-    total, _, mean, rstd = output
+def _save(ctx, arguments, outputs) -> tuple[Tensor | None, ...]:
+    (x, branch, weight, bias, _, scale), (total, _, mean, rstd) = arguments, outputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.has_branch, ctx.bias_dtype = branch is not None, bias.dtype
-    ctx.save_for_backward(total if branch is not None else x, weight, mean, rstd, scale)
+    ctx.has_branch = branch is not None
+    return total if branch is not None else x, weight, bias, mean, rstd, scale
 
 
-def _backward(ctx, saved, grad_sum, grad_normed, _grad_mean, _grad_rstd):
-    total, weight, mean, rstd, scale = saved
-    need_x, need_branch, need_weight, need_bias = ctx.needs_input_grad[:4]
+def _differentiate(ctx, saved, needed, grad_sum, grad_normed):
+    (*norm, scale), (need_x, need_branch, need_weight, need_bias, *_) = saved, needed
     if not ctx.has_branch:
         grad_sum = None
     if grad_normed is None:
-        if grad_sum is None:
-            return (None,) * 6
-        return grad_sum, _scaled(grad_sum, scale) if need_branch else None, None, None, None, None
+        return (grad_sum, _scaled(grad_sum, scale) if need_branch else None) if grad_sum is not None else ()
     # Without a scale both have the same gradient.
     one_for_both = scale is None
-    grad_x, grad_branch, grad_weight, grad_bias = _add_layer_norm_backward(
-        grad_sum,
-        grad_normed,
-        total,
-        weight,
-        mean,
-        rstd,
-        scale,
-        need_x or (need_branch and one_for_both),
-        need_branch and not one_for_both,
-        need_weight or need_bias,
+    needs = need_x or (need_branch and one_for_both), need_branch and not one_for_both, need_weight or need_bias
+    grad_x, grad_branch, grad_weight, grad_bias = _backward.run(
+        ctx.kernels, grad_sum, grad_normed, *norm, scale, *needs
     )
     return (
         grad_x if need_x else None,
         (grad_x if one_for_both else grad_branch) if need_branch else None,
-        grad_weight.to(weight.dtype) if need_weight else None,
-        grad_bias.to(ctx.bias_dtype) if need_bias else None,
-        None,
-        None,
+        grad_weight if need_weight else None,
+        grad_bias if need_bias else None,
     )
 
 
-_add_layer_norm.register_autograd(once_differentiable("add_layer_norm", _backward), setup_context=_setup_context)
+_backward = Operator(
+    "_add_layer_norm_backward", _gradients, cpp=True, triton=_launch_backward, dtypes=_DTYPES, like="total"
+)
+_operator = Operator(
+    "add_layer_norm",
+    _outputs,
+    reference=_reference,
+    cpp=True,
+    triton=_launch,
+    dtypes=_DTYPES,
+    results=2,
+    save=_save,
+    gradients=_differentiate,
+)
 
 
 # ---- public ----
@@ -497,10 +408,13 @@ def add_layer_norm(
     if branch is not None and autocast_dtype(x.device) is not None and branch.dtype != x.dtype:
         wider = torch.promote_types(x.dtype, branch.dtype)
         x, branch = x.to(wider), branch.to(wider)
-    _check(x, branch, weight, bias, eps, scale)
-    scale = scale if scale is None else scale.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    run = _reference if _operator.runs_reference(x) else _add_layer_norm
-    total, normed, _, _ = run(x, branch, weight, bias, eps, scale)
+    _CHECKS(x, branch, weight, bias)
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; it must be at least 0")
+    if scale is not None:
+        _check_scale(x, branch, scale)
+        scale = scale.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    total, normed = _operator(x, branch, weight, bias, eps, scale)
     return x if branch is None else total, normed
 
 
@@ -536,28 +450,11 @@ class AddLayerNorm(nn.Module):
         return f"{self.dim}, eps={self.eps}"
 
 
-def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None) -> None:
-    if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x is {describe(x)}; it must be floating point of shape [..., D], D at least 1")
-    if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype or branch.device != x.device):
-        raise ValueError(f"branch is {describe(branch)}; it must be like x: {describe(x)}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        fits = parameter.dtype in (x.dtype, torch.float32) and parameter.device == x.device
-        if parameter.shape != x.shape[-1:] or not fits:
-            wanted = f"[{x.shape[-1]}] on {x.device}, in x's {x.dtype} or float32"
-            raise ValueError(f"{name} is {describe(parameter)}; it must be {wanted}")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}; it must be at least 0")
-    if scale is not None:
-        _check_scale(x, branch, scale)
-
-
 def _check_scale(x: Tensor, branch: Tensor | None, scale: Tensor) -> None:
     if branch is None:
         raise ValueError("scale is given without a branch; it must be None where branch is None")
-    if x.ndim < 2 or scale.shape != x.shape[:1] or not scale.is_floating_point() or scale.device != x.device:
-        raise ValueError(
-            f"scale is {describe(scale)}; it must be floating point [B] on {x.device}, x being {list(x.shape)}"
-        )
+    if x.ndim < 2:
+        raise ValueError(f"scale is given for x {list(x.shape)}; it must be None where x has no samples [B, ..., D]")
+    _SCALE(scale, like=x, B=x.shape[0])
     if scale.requires_grad:
         raise ValueError("scale requires a gradient, which it does not have; pass scale.detach()")

@@ -9,12 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvd_kernels._dispatch import Operator, autocast_dtype, once_differentiable
-from mvd_kernels._token_rows import describe
+from mvd_kernels._checks import FLOAT, Checks
+from mvd_kernels._dispatch import autocast_dtype
+from mvd_kernels._operator import Operator
 
+_CHECKS = Checks(q=(FLOAT, "B Nq H D+"), k=("q", "B Nk+ H D"), v=("q", "B Nk H D"))
 _CPP = (torch.float32, torch.bfloat16)
-_CPP_STEP, _CPP_LARGEST = 16, 128  # head widths of the C++ kernels: multiples, up to
 _XFORMERS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+# ---- what it gives ----
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """-> output [B, Nq, H, D], log-sum-exp of the scores fp32 [B, H, Nq] (base 2)."""
+    batch, queries, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> those of q, k and v."""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 # ---- reference ----
@@ -43,67 +60,32 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return _sdpa(q, k, v, scale)
 
 
-# ---- C++ ----
+# ---- declaration ----
 
 
-def _cpp(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.mvd_kernels.attention_cpp(q, k, v, scale)
+def _save(ctx, arguments, outputs) -> tuple[Tensor, ...]:
+    *qkv, ctx.scale = arguments
+    return *qkv, *outputs
 
 
-def _cpp_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.mvd_kernels.attention_backward_cpp(grad, q, k, v, out, lse, scale)
+def _differentiate(ctx, saved, needed, grad):
+    return _backward.run(ctx.kernels, grad, *saved, ctx.scale)
 
 
-# ---- registration ----
-
+_backward = Operator("_attention_backward", _gradients, cpp=True)
 _operator = Operator(
     "attention",
+    _outputs,
     reference=_reference,
-    cpp=_cpp,
+    cpp=True,
     xformers=_xformers,
     sdpa=_sdpa,
     dtypes={"cpp": _CPP, "xformers": _XFORMERS},
+    limits={"cpp": ("heads of 16, 32, .. 128 entries", lambda q, *_: q.shape[3] % 16 == 0 and q.shape[3] <= 128)},
+    results=1,
+    save=_save,
+    gradients=_differentiate,
 )
-_differentiable = {"reference": _reference, "sdpa": _sdpa, "xformers": _xformers}
-
-
-@torch.library.custom_op("mvd_kernels::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """-> output [B, Nq, H, D], log-sum-exp of the scores fp32 [B, H, Nq] (base 2)."""
-    return _cpp(q, k, v, scale)
-
-
-@_attention.register_fake
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, scale: float):
-    batch, queries, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
-
-
-@torch.library.custom_op("mvd_kernels::attention_backward", mutates_args=())
-def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _cpp_backward(grad, q, k, v, out, lse, scale)
-
-
-@_attention_backward.register_fake
-def _attention_backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, saved: tuple[Tensor, ...], grad: Tensor, _grad_lse):
-    return *_attention_backward(grad, *saved, ctx.scale), None
-
-
-_attention.register_autograd(once_differentiable("attention", _backward), setup_context=_setup_context)
 
 
 # ---- public ----
@@ -130,28 +112,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     Raises:
         ValueError: if the shapes, dtypes or devices do not fit each other.
     """
-    _check(q, k, v)
+    _CHECKS(q, k, v)
     dtype = autocast_dtype(q.device)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = (x.to(dtype) for x in (q, k, v))
-    width = q.shape[3]
-    scale = width**-0.5 if scale is None else float(scale)
-    implementation = _operator.name_for(q)
-    if implementation == "cpp":
-        if width % _CPP_STEP == 0 and width <= _CPP_LARGEST:
-            return _attention(q, k, v, scale)[0]
-        implementation = "sdpa"
-    return _differentiable[implementation](q, k, v, scale)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.ndim != 4 or not q.is_floating_point() or q.shape[3] == 0:
-        raise ValueError(f"q is {describe(q)}; it must be floating point [B, Nq, H, D]")
-    batch, _, heads, width = q.shape
-    for name, x in (("k", k), ("v", v)):
-        fits = x.ndim == 4 and (x.shape[0], *x.shape[2:]) == (batch, heads, width) and x.shape[1] == k.shape[1] > 0
-        if not fits or x.dtype != q.dtype or x.device != q.device:
-            wanted = f"[{batch}, Nk, {heads}, {width}]"
-            raise ValueError(
-                f"{name} is {describe(x)}; it must be {q.dtype} {wanted} on {q.device}, Nk at least 1 and that of k"
-            )
+    return _operator(q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale))

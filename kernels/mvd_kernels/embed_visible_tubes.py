@@ -15,18 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvd_kernels._dispatch import Operator, autocast_dtype, once_differentiable
-from mvd_kernels._token_rows import (
-    check_index,
-    check_pos,
-    check_vector,
-    describe,
-    rows_of_tokens,
-    sum_rows,
-    sum_rows_by_token,
-)
-from mvd_kernels._triton import HAS_TRITON, autotune, interpreting, launch, tl, triton
+from mvd_kernels._checks import FLOAT, INDEX, OPTIONAL, Checks, describe
+from mvd_kernels._dispatch import autocast_dtype
+from mvd_kernels._operator import Operator
+from mvd_kernels._token_rows import rows_of_tokens, sum_rows, sum_rows_by_token
+from mvd_kernels._triton import autotune, interpreting, launch, tl, triton
 
+_WEIGHT = Checks(weight=(FLOAT, "D 3 t p p"))
+_CHECKS = Checks(
+    bias=(FLOAT, "D", OPTIONAL), pos=(FLOAT, "N D | 1 N D | B N D", OPTIONAL), visible_index=(INDEX, "B tokens")
+)
 _NO_CHANGE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and std of bytes that are only divided by 255
 
 
@@ -42,10 +40,10 @@ def _grid(video: Tensor, weight: Tensor) -> tuple[int, int, int]:
     return frames, height, width
 
 
-# ---- reference ----
+# ---- what it gives ----
 
 
-def _reference(
+def _outputs(
     video: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -54,6 +52,35 @@ def _reference(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
+    return weight.new_empty(*visible_index.shape, weight.shape[0])
+
+
+def _gradients(
+    grad: Tensor,
+    video: Tensor,
+    weight: Tensor,
+    visible_index: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    needed: Sequence[bool],
+    pos_clips: int,
+) -> list[Tensor]:
+    """-> those of video, weight, bias and pos (the last two fp32) that are needed."""
+    frames, height, width = _grid(video, weight)
+    columns = weight.shape[0]
+    shapes = (
+        (video.shape, video.dtype),
+        (weight.shape, weight.dtype),
+        ((columns,), torch.float32),
+        ((pos_clips, frames * height * width, columns), torch.float32),
+    )
+    return [grad.new_empty(shape, dtype=dtype) for (shape, dtype), one in zip(shapes, needed, strict=True) if one]
+
+
+# ---- reference ----
+
+
+def _reference(video, weight, bias, pos, visible_index, mean, std) -> Tensor:
     (frames, height, width), (t, p, _) = _grid(video, weight), weight.shape[2:]
     clip = _channels_first(video).unflatten(4, (width, p)).unflatten(3, (height, p)).unflatten(2, (frames, t))
     space = height * width
@@ -74,17 +101,6 @@ def _reference(
 
 def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
-
-
-# ---- C++ ----
-
-
-def _cpp(*arguments) -> Tensor:
-    return torch.ops.mvd_kernels.embed_visible_tubes_cpp(*arguments)
-
-
-def _cpp_backward(*arguments) -> list[Tensor]:
-    return torch.ops.mvd_kernels.embed_visible_tubes_backward_cpp(*arguments)
 
 
 # ---- Triton ----
@@ -299,20 +315,12 @@ def _block(values: int) -> int:
     return min(1024, triton.next_power_of_2(values))
 
 
-def _launch(
-    video: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos: Tensor | None,
-    visible_index: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Tensor:
+def _launch(video, weight, bias, pos, visible_index, mean, std):
     clip, index, weight = _channels_first(video), visible_index.contiguous(), weight.contiguous()
     pos = None if pos is None else pos.contiguous()
     bias = None if bias is None else bias.contiguous()
     (frames, height, width), (columns, _, t, p, _) = _grid(video, weight), weight.shape
-    out = weight.new_empty(*index.shape, columns)
+    out = _outputs(video, weight, bias, pos, index, mean, std)
     if not out.numel():
         return out
     count, values = index.numel(), weight[0].numel()
@@ -373,20 +381,12 @@ def _launch_video_gradient(tubes: Tensor, video: Tensor, weight: Tensor, index: 
     return out
 
 
-def _launch_backward(
-    grad: Tensor,
-    video: Tensor,
-    weight: Tensor,
-    visible_index: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    needed: Sequence[bool],
-    pos_clips: int,
-) -> list[Tensor]:
+def _launch_backward(grad, video, weight, visible_index, mean, std, needed, pos_clips):
     """Both products go to torch.mm: the gathered tubes are small (10 % of the clip), are read by every block of the
     weight's gradient, and cuBLAS splits its long sum over rows, which one kernel per block cannot."""
     if not grad.numel():
-        return [one.zero_() for one in _empty_gradients(grad, video, weight, needed, pos_clips)]
+        empty = _gradients(grad, video, weight, visible_index, mean, std, needed, pos_clips)
+        return [one.zero_() for one in empty]
     grad, index = grad.contiguous(), visible_index.contiguous()
     rows, gradients = grad.flatten(0, 1), []
     if needed[0]:
@@ -423,92 +423,36 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"{case} {kind}", partial(_launch_backward, grad, video, weight, index, mean, std, needed, 1)
 
 
-# ---- registration ----
+# ---- declaration ----
 
-_CPP, _TRITON = (torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def _save(ctx, arguments, outputs) -> tuple[Tensor, ...]:
+    video, weight, bias, pos, visible_index, ctx.mean, ctx.std = arguments
+    ctx.dtypes = [None if one is None else one.dtype for one in (video, weight, bias, pos)]
+    ctx.pos_clips = 0 if pos is None else pos.shape[0]
+    return video, weight, visible_index
+
+
+def _differentiate(ctx, saved, needed, grad):
+    needed = list(needed[:4])
+    found = iter(_backward.run(ctx.kernels, grad, *saved, ctx.mean, ctx.std, needed, ctx.pos_clips))
+    return [next(found).to(dtype) if one else None for one, dtype in zip(needed, ctx.dtypes, strict=True)]
+
+
+_backward = Operator("_embed_visible_tubes_backward", _gradients, cpp=True, triton=_launch_backward, dtypes=_DTYPES)
 _operator = Operator(
     "embed_visible_tubes",
+    _outputs,
     reference=_reference,
-    cpp=_cpp,
-    triton=_launch if HAS_TRITON else None,
-    dtypes={"cpp": _CPP, "triton": _TRITON},
+    cpp=True,
+    triton=_launch,
+    dtypes=_DTYPES,
+    like="weight",
+    save=_save,
+    gradients=_differentiate,
 )
-_backward_operator = Operator(
-    "_embed_visible_tubes_backward",
-    cpp=_cpp_backward,
-    triton=_launch_backward if HAS_TRITON else None,
-    dtypes={"cpp": _CPP, "triton": _TRITON},
-)
-
-
-@torch.library.custom_op("mvd_kernels::embed_visible_tubes", mutates_args=())
-def _embed(
-    video: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos: Tensor | None,
-    visible_index: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Tensor:
-    return _operator(weight, video, weight, bias, pos, visible_index, mean, std)
-
-
-@_embed.register_fake
-def _embed_fake(video, weight, bias, pos, visible_index, mean, std):
-    return weight.new_empty(*visible_index.shape, weight.shape[0])
-
-
-@torch.library.custom_op("mvd_kernels::embed_visible_tubes_backward", mutates_args=())
-def _embed_backward(
-    grad: Tensor,
-    video: Tensor,
-    weight: Tensor,
-    visible_index: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    needed: Sequence[bool],
-    pos_clips: int,
-) -> list[Tensor]:
-    return _backward_operator(weight, grad, video, weight, visible_index, mean, std, needed, pos_clips)
-
-
-@_embed_backward.register_fake
-def _embed_backward_fake(grad, video, weight, visible_index, mean, std, needed, pos_clips):
-    return _empty_gradients(grad, video, weight, needed, pos_clips)
-
-
-def _empty_gradients(
-    grad: Tensor, video: Tensor, weight: Tensor, needed: Sequence[bool], pos_clips: int
-) -> list[Tensor]:
-    """Of video, weight, bias and pos, those that are needed."""
-    frames, height, width = _grid(video, weight)
-    columns = weight.shape[0]
-    shapes = (
-        (video.shape, video.dtype),
-        (weight.shape, weight.dtype),
-        ((columns,), torch.float32),
-        ((pos_clips, frames * height * width, columns), torch.float32),
-    )
-    return [grad.new_empty(shape, dtype=dtype) for (shape, dtype), one in zip(shapes, needed, strict=True) if one]
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    video, weight, bias, pos, visible_index, ctx.mean, ctx.std = inputs
-    ctx.save_for_backward(video, weight, visible_index)
-    ctx.dtypes = (video.dtype, weight.dtype, None if bias is None else bias.dtype, None if pos is None else pos.dtype)
-    ctx.pos_clips = 0 if pos is None else pos.shape[0]
-
-
-def _differentiate(ctx, saved: tuple[Tensor, ...], grad: Tensor):
-    needed = list(ctx.needs_input_grad[:4])
-    video, weight, visible_index = saved
-    found = iter(_embed_backward(grad, video, weight, visible_index, ctx.mean, ctx.std, needed, ctx.pos_clips))
-    gradients = [next(found).to(dtype) if one else None for one, dtype in zip(needed, ctx.dtypes, strict=True)]
-    return (*gradients, None, None, None)
-
-
-_embed.register_autograd(once_differentiable("embed_visible_tubes", _differentiate), setup_context=_setup_context)
 
 
 # ---- public ----
@@ -546,37 +490,34 @@ def embed_visible_tubes(
         ValueError: if an argument is not as said above, or T, H, W are not multiples of the tube. An index out of range
             raises on the CPU; on CUDA, where the host would have to wait to see it, its token is NaN.
     """
+    sizes = _WEIGHT(weight)
     _check_video(video, weight)
     if not video.is_floating_point():
         mean, std = _three("mean", mean, _NO_CHANGE[0]), _three("std", std, _NO_CHANGE[1])
     elif mean is not None or std is not None:
         raise ValueError(f"mean and std are for uint8 clips; this one is {video.dtype}: normalise it before the call")
-    if bias is not None:
-        check_vector("bias", bias, weight.shape[0], weight)
     (frames, height, width), batch = _grid(video, weight), video.shape[0]
     tokens = frames * height * width
     if visible_index is None:
         visible_index = torch.arange(tokens, device=video.device).repeat(batch, 1)
-    check_index("visible_index", visible_index, batch, weight)
+    _CHECKS(bias, pos, visible_index, like=weight, D=sizes["D"], B=batch, N=tokens)
     dtype = autocast_dtype(weight.device)
     if dtype and weight.dtype != torch.float64:
         weight = weight.to(dtype)
     if pos is not None:
-        pos = check_pos("pos", pos, (1, batch), tokens, weight.shape[0], weight)
+        pos = pos if pos.ndim == 3 else pos[None]
+        pos = pos if pos.dtype in (weight.dtype, torch.float32) else pos.to(weight.dtype)
     if video.is_floating_point() and video.dtype not in (weight.dtype, torch.float32, torch.bfloat16):
         video = video.to(weight.dtype)
-    arguments = (video, weight, bias, pos, visible_index, list(mean or ()), list(std or ()))
-    return _reference(*arguments) if _operator.runs_reference(weight) else _embed(*arguments)
+    return _operator(video, weight, bias, pos, visible_index, list(mean or ()), list(std or ()))
 
 
 def _check_video(video: Tensor, weight: Tensor) -> None:
-    if weight.ndim != 5 or weight.shape[1] != 3 or weight.shape[3] != weight.shape[4] or not weight.is_floating_point():
-        raise ValueError(f"weight is {describe(weight)}; it must be floating-point [D, 3, t, p, p]")
     layout = "[B, 3, T, H, W]" if video.is_floating_point() else "[B, T, H, W, 3]"
     channel = 1 if video.is_floating_point() else 4
     accepted = video.is_floating_point() or video.dtype == torch.uint8
     if not accepted or video.ndim != 5 or video.shape[channel] != 3 or video.device != weight.device:
-        kinds = layout if accepted else "torch.uint8 [B, T, H, W, 3] or floating-point [B, 3, T, H, W]"
+        kinds = layout if accepted else "torch.uint8 [B, T, H, W, 3] or floating point [B, 3, T, H, W]"
         raise ValueError(f"video is {describe(video)}; it must be {kinds} on {weight.device}")
     sizes = _channels_first(video).shape[2:]
     for name, size, tube in zip(("frames", "height", "width"), sizes, weight.shape[2:], strict=True):

@@ -13,15 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvd_kernels._dispatch import Operator, autocast_dtype, extension, has_tangent
-from mvd_kernels._token_rows import describe
-from mvd_kernels._triton import HAS_TRITON, autotune, interpreting, launch, tl, triton
+from mvd_kernels._checks import FLOAT, OPTIONAL, Checks, describe
+from mvd_kernels._dispatch import autocast_dtype, extension
+from mvd_kernels._operator import Operator, has_tangent
+from mvd_kernels._triton import autotune, interpreting, launch, tl, triton
 
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}  # what the largest entry of a row becomes
 SMALLEST = 1e-30  # a row's largest entry counts as this at least, so that 1 / it is finite
 MOST_COLUMNS = 2**16  # sums of products of 8 bits stay within 32 bits
 FP8_CAPABILITY = (8, 9)
+_ROWS = {
+    "weight.values": ("int8 or float8_e4m3fn", "D+ C+"),
+    "weight.scale": (torch.float32, "D"),
+    "x": (FLOAT, "... C"),
+    "bias": (FLOAT, "D", OPTIONAL),
+}
+_CHECKS = Checks(**_ROWS)
 
 
 class QuantizedWeight(NamedTuple):
@@ -33,6 +41,15 @@ class QuantizedWeight(NamedTuple):
     """float32 [D]"""
     packed: Tensor | None = None
     """`values` in the order in which the CPU reads them; where it is missing every call on the CPU makes it"""
+
+
+# ---- what it gives ----
+
+
+def _outputs(
+    x: Tensor, values: Tensor, scale: Tensor, packed: Tensor | None, bias: Tensor | None, gelu: bool
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
 # ---- reference ----
@@ -51,9 +68,7 @@ def quantize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return scaled.nan_to_num(0.0).to(dtype), (largest * (1 / LARGEST[dtype])).squeeze(-1)
 
 
-def _reference(
-    x: Tensor, values: Tensor, scale: Tensor, packed: Tensor | None, bias: Tensor | None, gelu: bool
-) -> Tensor:
+def _reference(x, values, scale, packed, bias, gelu) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     rows, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]), values.dtype)
     sums = rows.double() @ values.double().t()  # exact
@@ -64,12 +79,6 @@ def _reference(
 
 
 # ---- C++ ----
-
-
-def _cpp(x: Tensor, values: Tensor, scale: Tensor, packed: Tensor | None, bias: Tensor | None, gelu: bool) -> Tensor:
-    if packed is None:
-        packed = torch.ops.mvd_kernels.linear_8bit_pack_cpp(values)
-    return torch.ops.mvd_kernels.linear_8bit_cpp(x, packed, scale, bias, gelu)
 
 
 def _pack(values: Tensor) -> Tensor | None:
@@ -181,10 +190,10 @@ def _multiply_kernel(
 _TILE = {"BLOCK_M": 128, "BLOCK_N": 128}
 
 
-def _launch(x: Tensor, values: Tensor, scale: Tensor, packed: Tensor | None, bias: Tensor | None, gelu: bool) -> Tensor:
+def _launch(x, values, scale, packed, bias, gelu):
     inputs, weight = x.reshape(-1, x.shape[-1]).contiguous(), values.contiguous()
     (rows, depth), width = inputs.shape, len(weight)
-    out = x.new_empty(*x.shape[:-1], width)
+    out = _outputs(x, values, scale, packed, bias, gelu)
     if not out.numel():
         return out
     narrow = torch.empty_like(inputs, dtype=values.dtype)
@@ -228,32 +237,22 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                     yield case, partial(_launch, x, values, scale, None, bias, layer == "fc1")
 
 
-# ---- registration ----
+# ---- declaration ----
 
-_triton_launch = _launch if HAS_TRITON else None
-_DTYPES = {
-    "cpp": (torch.float32, torch.bfloat16),
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-}
-_operator = Operator("linear_8bit", reference=_reference, cpp=_cpp, triton=_triton_launch, dtypes=_DTYPES)
-# No instruction of a CPU multiplies FP8.
-_fp8_operator = Operator("_linear_8bit_fp8", reference=_reference, triton=_triton_launch, dtypes=_DTYPES)
-
-
-def _operator_for(values: Tensor) -> Operator:
-    return _operator if values.dtype == torch.int8 else _fp8_operator
-
-
-@torch.library.custom_op("mvd_kernels::linear_8bit", mutates_args=())
-def _linear_8bit(
-    x: Tensor, values: Tensor, scale: Tensor, packed: Tensor | None, bias: Tensor | None, gelu: bool
-) -> Tensor:
-    return _operator_for(values)(x, x, values, scale, packed, bias, gelu)
-
-
-@_linear_8bit.register_fake
-def _fake(x: Tensor, values: Tensor, scale: Tensor, packed: Tensor | None, bias: Tensor | None, gelu: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], values.shape[0])
+_operator = Operator(
+    "linear_8bit",
+    _outputs,
+    reference=_reference,
+    cpp=True,
+    triton=_launch,
+    dtypes={"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)},
+    limits={
+        "cpp": (
+            "int8 weights: no instruction of a CPU multiplies FP8",
+            lambda x, values, *_: values.dtype == torch.int8,
+        )
+    },
+)
 
 
 # ---- public ----
@@ -321,8 +320,7 @@ def linear_8bit(
         x = x.to(dtype)
     values, scale, packed = weight
     bias = None if bias is None else bias.detach()
-    run = _reference if _operator_for(values).runs_reference(x) else _linear_8bit
-    return run(x, values, scale, packed, bias, activation == "gelu")
+    return _operator(x, values, scale, packed, bias, activation == "gelu")
 
 
 class Linear8bit(nn.Module):
@@ -387,16 +385,7 @@ class Linear8bit(nn.Module):
 def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str | None) -> None:
     if not isinstance(weight, QuantizedWeight):
         raise ValueError(f"weight is a {type(weight).__name__}; it must be what quantize_weight(weight) gives")
-    values, scale, _ = weight
-    if values.ndim != 2 or values.dtype not in LARGEST or not values.numel():
-        raise ValueError(f"weight.values is {describe(values)}; it must be torch.int8 or torch.float8_e4m3fn [D, C]")
-    width, depth = values.shape
-    if scale.shape != (width,) or scale.dtype != torch.float32 or scale.device != values.device:
-        raise ValueError(f"weight.scale is {describe(scale)}; it must be torch.float32 [{width}] on {values.device}")
-    if not x.is_floating_point() or x.shape[-1:] != (depth,) or x.device != values.device:
-        raise ValueError(f"x is {describe(x)}; it must be floating point [..., {depth}] on {values.device}")
-    if bias is not None and (bias.shape != (width,) or not bias.is_floating_point() or bias.device != x.device):
-        raise ValueError(f"bias is {describe(bias)}; it must be floating point [{width}] on {x.device}")
+    _CHECKS(weight.values, weight.scale, x, bias)
     if activation not in (None, "gelu"):
         raise ValueError(f"activation is {activation!r}; it must be None or 'gelu'")
     if x.requires_grad and torch.is_grad_enabled():

@@ -12,41 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvd_kernels._dispatch import Operator, autocast_dtype, once_differentiable
-from mvd_kernels._token_rows import describe
-from mvd_kernels._triton import HAS_TRITON, autotune, interpreting, launch, tl, triton
+from mvd_kernels._checks import FLOAT, INDEX, OPTIONAL, Checks, describe
+from mvd_kernels._dispatch import autocast_dtype
+from mvd_kernels._operator import Operator
+from mvd_kernels._triton import autotune, interpreting, launch, tl, triton
 
 TARGET_EPS = 1e-6
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
+_CHECKS = Checks(
+    x=(FLOAT, "B M C"),
+    weight=("x", "D C"),
+    bias=(FLOAT, "D", OPTIONAL),
+    target=(FLOAT, "B N D"),
+    index=(INDEX, "B M", OPTIONAL),
+)
 
 
-# ---- reference ----
+# ---- what it gives ----
 
 
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    index: Tensor | None,
-    beta: float,
-    normalize: bool,
-) -> Tensor:
-    """Sum of the losses of all rows and columns."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    prediction = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-    if index is not None:
-        target = target.gather(1, index[:, :, None].expand(-1, -1, target.shape[2]))
-    target = target.to(wide)
-    if normalize:
-        target = F.layer_norm(target, target.shape[-1:], eps=TARGET_EPS)
-    return F.smooth_l1_loss(prediction, target, reduction="sum", beta=beta)
-
-
-# ---- C++ ----
-
-
-def _cpp(
+def _outputs(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -57,9 +41,28 @@ def _cpp(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-) -> Four:
-    needs = (need_x, need_weight, need_bias)
-    return torch.ops.mvd_kernels.linear_smooth_l1_cpp(x, weight, bias, target, index, beta, normalize, *needs)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> sum of the losses fp32 [], and its gradients by x, weight, bias (fp32); without entries where not needed."""
+    return (
+        x.new_empty((), dtype=torch.float32),
+        x.new_empty(x.shape if need_x else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        x.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32),
+    )
+
+
+# ---- reference ----
+
+
+def _reference(x, weight, bias, target, index, beta, normalize, *_needs) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    prediction = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    if index is not None:
+        target = target.gather(1, index[:, :, None].expand(-1, -1, target.shape[2]))
+    target = target.to(wide)
+    if normalize:
+        target = F.layer_norm(target, target.shape[-1:], eps=TARGET_EPS)
+    return F.smooth_l1_loss(prediction, target, reduction="sum", beta=beta)
 
 
 # ---- Triton ----
@@ -179,18 +182,7 @@ def _loss_kernel(
 _TILE = {"BLOCK_M": 64, "BLOCK_N": 128}
 
 
-def _launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    index: Tensor | None,
-    beta: float,
-    normalize: bool,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> Four:
+def _launch(x, weight, bias, target, index, beta, normalize, need_x, need_weight, need_bias):
     inputs, weight, target = x.flatten(0, 1).contiguous(), weight.contiguous(), target.contiguous()
     (rows, depth), width, (_, per_clip, _) = inputs.shape, weight.shape[0], x.shape
     grid = (triton.cdiv(rows, _TILE["BLOCK_M"]), triton.cdiv(width, _TILE["BLOCK_N"]))
@@ -254,66 +246,34 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield case, partial(_launch, x, weight, bias, target, index, 1.0, normalize, True, True, True)
 
 
-# ---- registration ----
+# ---- declaration ----
+
+
+def _save(ctx, arguments, outputs) -> tuple[Tensor, ...]:
+    bias = arguments[2]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    return outputs
+
+
+def _differentiate(ctx, saved, needed, grad):
+    found = [part * grad if wanted else None for part, wanted in zip(saved[1:], needed, strict=False)]
+    return found if found[2] is None else (*found[:2], found[2].to(ctx.bias_dtype))
+
 
 _operator = Operator(
     "linear_smooth_l1",
+    _outputs,
     reference=_reference,
-    cpp=_cpp,
-    triton=_launch if HAS_TRITON else None,
+    cpp=True,
+    triton=_launch,
     dtypes={
         "cpp": (torch.float32, torch.bfloat16),
         "triton": (torch.float32, torch.bfloat16, torch.float16),
     },
+    results=1,
+    save=_save,
+    gradients=_differentiate,
 )
-
-
-@torch.library.custom_op("mvd_kernels::linear_smooth_l1", mutates_args=())
-def _linear_smooth_l1(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    index: Tensor | None,
-    beta: float,
-    normalize: bool,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> sum of the losses fp32 [], and its gradients by x, weight, bias (fp32); without entries where not needed."""
-    needs = (need_x, need_weight, need_bias)
-    return _operator(x, x, weight, bias, target, index, beta, normalize, *needs)
-
-
-@_linear_smooth_l1.register_fake
-def _fake(x, weight, bias, target, index, beta, normalize, need_x, need_weight, need_bias):
-    return (
-        x.new_empty((), dtype=torch.float32),
-        x.new_empty(x.shape if need_x else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        x.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    bias = inputs[2]
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(*output)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx, saved: tuple[Tensor, ...], grad: Tensor, *_: Tensor):
-    found = [
-        part * grad.to(part.dtype) if needed else None
-        for part, needed in zip(saved[1:], ctx.needs_input_grad, strict=False)
-    ]
-    if found[2] is not None:
-        found[2] = found[2].to(ctx.bias_dtype)
-    return (*found, *[None] * 7)
-
-
-_linear_smooth_l1.register_autograd(once_differentiable("linear_smooth_l1", _backward), setup_context=_setup_context)
 
 
 # ---- public ----
@@ -365,18 +325,15 @@ def linear_smooth_l1(
     if not beta >= 0:
         raise ValueError(f"beta is {beta}; it must be at least 0")
     dtype = autocast_dtype(x.device)
-    if dtype is not None and x.dtype != torch.float64:
+    if dtype is not None and x.is_floating_point() and x.dtype != torch.float64:
         x, weight = x.to(dtype), weight.to(dtype)
-    _check(x, weight, bias, target, index)
-    entries = x.shape[0] * x.shape[1] * weight.shape[0]
-    target = target.detach()
-    if _operator.runs_reference(x):
-        total = _reference(x, weight, bias, target, index, beta, normalize_target)
-    else:
-        grad = torch.is_grad_enabled()
-        needs = (grad and part is not None and part.requires_grad for part in (x, weight, bias))
-        total, *_ = _linear_smooth_l1(x, weight, bias, target, index, beta, normalize_target, *needs)
-    return total if reduction == "sum" else total / entries
+    sizes = _CHECKS(x, weight, bias, target, index)
+    if index is None and sizes["N"] != sizes["M"]:
+        raise ValueError(f"target is {describe(target)}; without an index it must have the {sizes['M']} tokens of x")
+    grad = torch.is_grad_enabled()
+    needs = (grad and part is not None and part.requires_grad for part in (x, weight, bias))
+    total = _operator(x, weight, bias, target.detach(), index, beta, normalize_target, *needs)
+    return total if reduction == "sum" else total / (sizes["B"] * sizes["M"] * sizes["D"])
 
 
 def _heads(*arguments: Tensor | Sequence[Tensor | None] | None) -> Iterator[tuple[Tensor | None, ...]]:
@@ -387,22 +344,3 @@ def _heads(*arguments: Tensor | Sequence[Tensor | None] | None) -> Iterator[tupl
         raise ValueError(f"there are {given} of x, weight, bias, target; with lists there must be one for every head")
     (count,) = counts
     yield from zip(*(one if isinstance(one, (list, tuple)) else [one] * count for one in arguments), strict=True)
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, index: Tensor | None) -> None:
-    if x.ndim != 3 or not x.is_floating_point():
-        raise ValueError(f"x is {describe(x)}; it must be floating point [B, M, C]")
-    batch, rows, depth = x.shape
-    if weight.ndim != 2 or weight.shape[1] != depth or weight.dtype != x.dtype or weight.device != x.device:
-        raise ValueError(f"weight is {describe(weight)}; it must be {x.dtype} [D, {depth}] on {x.device}")
-    width = weight.shape[0]
-    if bias is not None and (bias.shape != (width,) or not bias.is_floating_point() or bias.device != x.device):
-        raise ValueError(f"bias is {describe(bias)}; it must be floating point [{width}] on {x.device}")
-    fits = target.ndim == 3 and (target.shape[0], target.shape[2]) == (batch, width)
-    if not fits or not target.is_floating_point() or target.device != x.device:
-        raise ValueError(f"target is {describe(target)}; it must be floating point [{batch}, N, {width}] on {x.device}")
-    if index is None:
-        if target.shape[1] != rows:
-            raise ValueError(f"target is {describe(target)}; without an index it must have the {rows} tokens of x")
-    elif index.shape != (batch, rows) or index.dtype != torch.int64 or index.device != x.device:
-        raise ValueError(f"index is {describe(index)}; it must be torch.int64 [{batch}, {rows}] on {x.device}")

@@ -13,12 +13,66 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvd_kernels._dispatch import Operator, autocast_dtype, once_differentiable
-from mvd_kernels._token_rows import check_index, check_pos, check_vector, describe, sum_rows, sum_rows_by_token
-from mvd_kernels._triton import HAS_TRITON, autotune, launch, tl, triton
+from mvd_kernels._checks import FLOAT, INDEX, OPTIONAL, Checks
+from mvd_kernels._dispatch import autocast_dtype
+from mvd_kernels._operator import Operator
+from mvd_kernels._token_rows import sum_rows, sum_rows_by_token
+from mvd_kernels._triton import autotune, launch, tl, triton
 
-# Arguments of all implementations. biases: one per decoder, or none at all; mask_tokens [C]; pos [1, N, C].
-_Lists = Sequence[Tensor]
+_ROWS = {
+    "x": (FLOAT, "B Nv E"),
+    "visible_index": (INDEX, "B Nv"),
+    "masked_index": (INDEX, "B tokens"),
+    "weights[]": ("x", "C. E"),
+    "biases[]": (FLOAT, "C.", OPTIONAL),
+    "mask_tokens[]": (FLOAT, "C. | 1 1 C."),
+    "pos[]": (FLOAT, "N C. | 1 N C."),
+}
+_CHECKS = Checks(**_ROWS)
+
+
+# ---- what it gives ----
+
+
+def _outputs(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    mask_tokens: Sequence[Tensor],
+    pos: Sequence[Tensor],
+    visible_index: Tensor,
+    masked_index: Tensor,
+) -> list[Tensor]:
+    """Of each decoder; biases: one per decoder, or none at all; mask tokens [C]; pos [1, N, C]."""
+    tokens = visible_index.shape[1] + masked_index.shape[1]
+    return [x.new_empty(x.shape[0], tokens, weight.shape[0]) for weight in weights]
+
+
+def _gradients(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    visible_index: Tensor,
+    masked_index: Tensor,
+    needed: Sequence[bool],
+    tokens: int,
+) -> list[Tensor]:
+    """-> those of x, weights, and (fp32) biases, mask tokens and positions that are needed."""
+    for_weights, for_biases, for_masks, for_pos = _by_decoder(needed, len(weights))
+    vectors = [x.new_empty(len(one), dtype=torch.float32) for one in _chosen(weights, for_biases)]
+    vectors += [x.new_empty(len(one), dtype=torch.float32) for one in _chosen(weights, for_masks)]
+    tables = [x.new_empty(1, tokens, len(one), dtype=torch.float32) for one in _chosen(weights, for_pos)]
+    of_weights = [one.new_empty(one.shape) for one in _chosen(weights, for_weights)]
+    return [*([x.new_empty(x.shape)] if needed[0] else ()), *of_weights, *vectors, *tables]
+
+
+def _by_decoder(needed: Sequence[bool], decoders: int) -> list[Sequence[bool]]:
+    """Which weights, biases, mask tokens and positions need their gradients; needed[0] is that of x."""
+    return [needed[1 + kind * decoders :][:decoders] for kind in range(4)]
+
+
+def _chosen(tensors: Sequence[Tensor], flags: Sequence[bool]) -> list[Tensor]:
+    return [one for one, flag in zip(tensors, flags, strict=True) if flag]
 
 
 # ---- reference ----
@@ -29,15 +83,7 @@ def _take(pos: Tensor, index: Tensor) -> Tensor:
     return pos[0].index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def _reference(
-    x: Tensor,
-    weights: _Lists,
-    biases: _Lists,
-    mask_tokens: _Lists,
-    pos: _Lists,
-    visible_index: Tensor,
-    masked_index: Tensor,
-) -> list[Tensor]:
+def _reference(x, weights, biases, mask_tokens, pos, visible_index, masked_index) -> list[Tensor]:
     outputs = []
     for i, weight in enumerate(weights):
         bias = biases[i].to(weight.dtype) if biases else None
@@ -45,17 +91,6 @@ def _reference(
         unseen = mask_tokens[i].to(weight.dtype) + _take(pos[i], masked_index).to(weight.dtype)
         outputs.append(torch.cat([seen, unseen], dim=1))
     return outputs
-
-
-# ---- C++ ----
-
-
-def _cpp(*arguments) -> list[Tensor]:
-    return torch.ops.mvd_kernels.scatter_mask_tokens_cpp(*arguments)
-
-
-def _cpp_backward(*arguments) -> list[Tensor]:
-    return torch.ops.mvd_kernels.scatter_mask_tokens_backward_cpp(*arguments)
 
 
 # ---- Triton ----
@@ -115,15 +150,7 @@ def _write_rows_kernel(
     tl.store(out_ptr + row.to(tl.int64)[:, None] * width + column[None, :], value, mask=inside[:, None] & columns)
 
 
-def _launch(
-    x: Tensor,
-    weights: _Lists,
-    biases: _Lists,
-    mask_tokens: _Lists,
-    pos: _Lists,
-    visible_index: Tensor,
-    masked_index: Tensor,
-) -> list[Tensor]:
+def _launch(x, weights, biases, mask_tokens, pos, visible_index, masked_index):
     visible, masked = visible_index.contiguous(), masked_index.contiguous()
     seen, unseen, outputs = visible.shape[1], masked.shape[1], []
     for i, weight in enumerate(weights):
@@ -149,15 +176,7 @@ def _launch(
     return outputs
 
 
-def _launch_backward(
-    grads: _Lists,
-    x: Tensor,
-    weights: _Lists,
-    visible_index: Tensor,
-    masked_index: Tensor,
-    needed: Sequence[bool],
-    tokens: int,
-) -> list[Tensor]:
+def _launch_backward(grads, x, weights, visible_index, masked_index, needed, tokens):
     grads, seen = [grad.contiguous() for grad in grads], visible_index.shape[1]
     for_weights, for_biases, for_masks, for_pos = _by_decoder(needed, len(weights))
     gradients = []
@@ -190,97 +209,45 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield case, partial(_launch_backward, grads, x, weights, visible, masked, [True] * 9, 1568)
 
 
-def _by_decoder(needed: Sequence[bool], decoders: int) -> list[Sequence[bool]]:
-    """Which weights, biases, mask tokens and positions need their gradients; needed[0] is that of x."""
-    return [needed[1 + kind * decoders :][:decoders] for kind in range(4)]
+# ---- declaration ----
+
+_DTYPES = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 
 
-def _chosen(tensors: _Lists, flags: Sequence[bool]) -> list[Tensor]:
-    return [one for one, flag in zip(tensors, flags, strict=True) if flag]
-
-
-# ---- registration ----
-
-_CPP, _TRITON = (torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16, torch.float16)
-_operator = Operator(
-    "scatter_mask_tokens",
-    reference=_reference,
-    cpp=_cpp,
-    triton=_launch if HAS_TRITON else None,
-    dtypes={"cpp": _CPP, "triton": _TRITON},
-)
-_backward_operator = Operator(
-    "_scatter_mask_tokens_backward",
-    cpp=_cpp_backward,
-    triton=_launch_backward if HAS_TRITON else None,
-    dtypes={"cpp": _CPP, "triton": _TRITON},
-)
-
-
-@torch.library.custom_op("mvd_kernels::scatter_mask_tokens", mutates_args=())
-def _scatter(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    mask_tokens: Sequence[Tensor],
-    pos: Sequence[Tensor],
-    visible_index: Tensor,
-    masked_index: Tensor,
-) -> list[Tensor]:
-    return _operator(x, x, weights, biases, mask_tokens, pos, visible_index, masked_index)
-
-
-@_scatter.register_fake
-def _scatter_fake(x, weights, biases, mask_tokens, pos, visible_index, masked_index):
-    tokens = visible_index.shape[1] + masked_index.shape[1]
-    return [x.new_empty(x.shape[0], tokens, weight.shape[0]) for weight in weights]
-
-
-@torch.library.custom_op("mvd_kernels::scatter_mask_tokens_backward", mutates_args=())
-def _scatter_backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    visible_index: Tensor,
-    masked_index: Tensor,
-    needed: Sequence[bool],
-    tokens: int,
-) -> list[Tensor]:
-    return _backward_operator(x, grads, x, weights, visible_index, masked_index, needed, tokens)
-
-
-@_scatter_backward.register_fake
-def _scatter_backward_fake(grads, x, weights, visible_index, masked_index, needed, tokens):
-    for_weights, for_biases, for_masks, for_pos = _by_decoder(needed, len(weights))
-    vectors = [x.new_empty(len(one), dtype=torch.float32) for one in _chosen(weights, for_biases)]
-    vectors += [x.new_empty(len(one), dtype=torch.float32) for one in _chosen(weights, for_masks)]
-    tables = [x.new_empty(1, tokens, len(one), dtype=torch.float32) for one in _chosen(weights, for_pos)]
-    of_weights = [one.new_empty(one.shape) for one in _chosen(weights, for_weights)]
-    return [*([x.new_empty(x.shape)] if needed[0] else ()), *of_weights, *vectors, *tables]
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, weights, biases, mask_tokens, pos, visible_index, masked_index = inputs
-    ctx.save_for_backward(x, visible_index, masked_index, *weights)
+def _save(ctx, arguments, outputs) -> tuple[Tensor, ...]:
+    x, weights, biases, mask_tokens, pos, visible_index, masked_index = arguments
     ctx.dtypes = [[one.dtype for one in kind] for kind in (weights, biases, mask_tokens, pos)]
     ctx.tokens = pos[0].shape[1]
+    return x, visible_index, masked_index, *weights
 
 
-def _differentiate(ctx, saved: tuple[Tensor, ...], grads: list[Tensor]):
+def _differentiate(ctx, saved, needed, *grads):
     x, visible_index, masked_index, *weights = saved
     # Without biases their list is empty; the kernels want a flag for each decoder.
-    flags = [list(kind) or [False] * len(weights) for kind in ctx.needs_input_grad[1:5]]
-    needed = [ctx.needs_input_grad[0], *(flag for kind in flags for flag in kind)]
-    found = iter(_scatter_backward(list(grads), x, weights, visible_index, masked_index, needed, ctx.tokens))
+    flags = [list(kind) or [False] * len(weights) for kind in needed[1:5]]
+    wanted = [needed[0], *(flag for kind in flags for flag in kind)]
+    found = iter(_backward.run(ctx.kernels, list(grads), x, weights, visible_index, masked_index, wanted, ctx.tokens))
     of_x = next(found) if needed[0] else None
     gradients = [
         [next(found).to(dtype) if flag else None for flag, dtype in zip(kind, dtypes, strict=False)]
         for kind, dtypes in zip(flags, ctx.dtypes, strict=True)
     ]
-    return (of_x, *gradients, None, None)
+    return of_x, *gradients
 
 
-_scatter.register_autograd(once_differentiable("scatter_mask_tokens", _differentiate), setup_context=_setup_context)
+_backward = Operator(
+    "_scatter_mask_tokens_backward", _gradients, cpp=True, triton=_launch_backward, dtypes=_DTYPES, like="x"
+)
+_operator = Operator(
+    "scatter_mask_tokens",
+    _outputs,
+    reference=_reference,
+    cpp=True,
+    triton=_launch,
+    dtypes=_DTYPES,
+    save=_save,
+    gradients=_differentiate,
+)
 
 
 # ---- public ----
@@ -326,31 +293,18 @@ def scatter_mask_tokens(
         return one[0]
     biases = [None] * len(weights) if biases is None else biases
     _check_counts(weights, biases, mask_tokens, pos)
-    if x.ndim != 3 or not x.is_floating_point():
-        raise ValueError(f"x is {describe(x)}; it must be floating-point [B, Nv, E]")
-    check_index("visible_index", visible_index, x.shape[0], x)
-    if visible_index.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"visible_index is {describe(visible_index)}; it must have an index for each row of x {list(x.shape)}"
-        )
-    check_index("masked_index", masked_index, x.shape[0], x)
     dtype = autocast_dtype(x.device)
-    if dtype and x.dtype != torch.float64:
+    if dtype and x.is_floating_point() and x.dtype != torch.float64:
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-    mask_tokens = [token.flatten() if tuple(token.shape[:-1]) == (1, 1) else token for token in mask_tokens]
-    for i, weight in enumerate(weights):
-        _check_decoder(i, x, weight, biases[i], mask_tokens[i])
-    tokens = -1  # the first table's number holds for all
-    tables = []
-    for i, (table, weight) in enumerate(zip(pos, weights, strict=True)):
-        tables.append(check_pos(f"pos[{i}]", table, (1,), tokens, weight.shape[0], x))
-        tokens = tables[0].shape[1]
+    _CHECKS(x, visible_index, masked_index, weights, biases, mask_tokens, pos)
+    mask_tokens = [token if token.ndim == 1 else token.flatten() for token in mask_tokens]
+    tables = [table if table.ndim == 3 else table[None] for table in pos]
+    tables = [table if table.dtype in (x.dtype, torch.float32) else table.to(x.dtype) for table in tables]
     if any(bias is not None for bias in biases):
         biases = [x.new_zeros(len(w)) if bias is None else bias for bias, w in zip(biases, weights, strict=True)]
     else:
         biases = []
-    arguments = (x, list(weights), biases, mask_tokens, tables, visible_index, masked_index)
-    return _reference(*arguments) if _operator.runs_reference(x) else _scatter(*arguments)
+    return _operator(x, list(weights), biases, mask_tokens, tables, visible_index, masked_index)
 
 
 def _check_counts(weights: Sequence, biases: Sequence, mask_tokens: Sequence, pos: Sequence) -> None:
@@ -360,11 +314,3 @@ def _check_counts(weights: Sequence, biases: Sequence, mask_tokens: Sequence, po
     if len({len(one) for one in lists.values()}) != 1 or not weights:
         counts = ", ".join(f"{len(one)} {name}" for name, one in lists.items())
         raise ValueError(f"there are {counts}; there must be one of each for every decoder, and at least one decoder")
-
-
-def _check_decoder(i: int, x: Tensor, weight: Tensor, bias: Tensor | None, mask_token: Tensor) -> None:
-    if weight.ndim != 2 or weight.shape[1] != x.shape[2] or weight.dtype != x.dtype or weight.device != x.device:
-        raise ValueError(f"weights[{i}] is {describe(weight)}; it must be {x.dtype} [C, {x.shape[2]}] on {x.device}")
-    if bias is not None:
-        check_vector(f"biases[{i}]", bias, weight.shape[0], x)
-    check_vector(f"mask_tokens[{i}]", mask_token, weight.shape[0], x)

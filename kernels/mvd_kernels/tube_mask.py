@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mvd_kernels._dispatch import Operator
-from mvd_kernels._triton import HAS_TRITON, launch, tl, triton
+from mvd_kernels._checks import INDEX, Checks
+from mvd_kernels._operator import Operator
+from mvd_kernels._triton import launch, tl, triton
 
+_CHECKS = Checks(samples=(INDEX, "B"))
 _WORD = 0xFFFFFFFF
 _SIGN = -(2**63)
 _KEYS_PER_STEP = 32  # keys that the Triton kernel compares with all others at once
@@ -27,6 +29,20 @@ class TubeMask(NamedTuple):
     mask: Tensor  # bool [B, N], True = masked
     visible: Tensor  # int64 [B, Nv]
     masked: Tensor  # int64 [B, Nm]
+
+
+# ---- what it gives ----
+
+
+def _outputs(
+    seed: int, epoch: int, samples: Tensor, slices: int, positions: int, masked: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = samples.shape[0]
+    return (
+        samples.new_empty(batch, slices * positions, dtype=torch.bool),
+        samples.new_empty(batch, slices * (positions - masked)),
+        samples.new_empty(batch, slices * masked),
+    )
 
 
 # ---- reference ----
@@ -45,7 +61,7 @@ def _philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [x0, x1, x2, x3]
 
 
-def _reference(seed: int, epoch: int, samples: Tensor, slices: int, positions: int, masked: int) -> tuple[Tensor, ...]:
+def _reference(seed, epoch, samples, slices, positions, masked) -> tuple[Tensor, Tensor, Tensor]:
     position_p = torch.arange(positions, device=samples.device)
     sample_b1 = samples[:, None]
     counter = (position_p, sample_b1 & _WORD, sample_b1 >> 32 & _WORD, torch.full_like(position_p, epoch))
@@ -60,13 +76,6 @@ def _reference(seed: int, epoch: int, samples: Tensor, slices: int, positions: i
         (start_t1 + visible_bp[:, None]).flatten(1),
         (start_t1 + masked_bp[:, None]).flatten(1),
     )
-
-
-# ---- C++ ----
-
-
-def _cpp(seed: int, epoch: int, samples: Tensor, slices: int, positions: int, masked: int) -> tuple[Tensor, ...]:
-    return torch.ops.mvd_kernels.tube_mask_cpp(seed, epoch, samples, slices, positions, masked)
 
 
 # ---- Triton: one program per sample ----
@@ -124,8 +133,8 @@ def _tube_mask_kernel(
         tl.store(masked_ptr + (b * SLICES + t) * MASKED + masked_place, token, mask=is_masked)
 
 
-def _launch(seed: int, epoch: int, samples: Tensor, slices: int, positions: int, masked: int) -> tuple[Tensor, ...]:
-    outputs = _empty_outputs(samples, slices, positions, masked)
+def _launch(seed, epoch, samples, slices, positions, masked):
+    outputs = _outputs(seed, epoch, samples, slices, positions, masked)
     if samples.numel():
         block = triton.next_power_of_2(positions)
         sizes = {"SLICES": slices, "POSITIONS": positions, "MASKED": masked, "BLOCK": block, "STEP": _KEYS_PER_STEP}
@@ -141,30 +150,9 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, partial(_launch, 0, 0, samples, slices, positions, int(ratio * positions))
 
 
-# ---- registration ----
+# ---- declaration ----
 
-_operator = Operator("tube_mask", reference=_reference, cpp=_cpp, triton=_launch if HAS_TRITON else None)
-
-
-@torch.library.custom_op("mvd_kernels::tube_mask", mutates_args=())
-def _tube_mask(
-    seed: int, epoch: int, samples: Tensor, slices: int, positions: int, masked: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _operator(samples, seed, epoch, samples, slices, positions, masked)
-
-
-@_tube_mask.register_fake
-def _empty_outputs_fake(seed: int, epoch: int, samples: Tensor, slices: int, positions: int, masked: int):
-    return _empty_outputs(samples, slices, positions, masked)
-
-
-def _empty_outputs(samples: Tensor, slices: int, positions: int, masked: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch = samples.shape[0]
-    return (
-        samples.new_empty(batch, slices * positions, dtype=torch.bool),
-        samples.new_empty(batch, slices * (positions - masked)),
-        samples.new_empty(batch, slices * masked),
-    )
+_operator = Operator("tube_mask", _outputs, reference=_reference, cpp=True, triton=_launch, like="samples")
 
 
 # ---- public ----
@@ -218,10 +206,8 @@ def tube_mask(
         raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**63")
     if not 0 <= epoch < 2**32:
         raise ValueError(f"epoch is {epoch}; it must be at least 0 and below 2**32")
-    if samples.dtype != torch.int64 or samples.ndim != 1:
-        raise ValueError(f"samples is {samples.dtype} {list(samples.shape)}; it must be torch.int64 of shape [B]")
+    _CHECKS(samples)
     if device is not None:
         samples = samples.to(device)
     slices, height, width = grid
-    run = _reference if _operator.runs_reference(samples) else _tube_mask
-    return TubeMask(*run(seed, epoch, samples, slices, height * width, masked))
+    return TubeMask(*_operator(seed, epoch, samples, slices, height * width, masked))
