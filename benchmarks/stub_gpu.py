@@ -11,8 +11,8 @@ from mvd_kernels import _dispatch, use_impl
 from mvd_kernels._triton import interpreting, triton
 
 
-class _Launcher:
-    """Stands for the compiled function that hands a kernel's arguments to the driver."""
+class Launcher:
+    """Stands for the compiled function that hands a kernel's arguments to the driver: grid, stream, function, .. ."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         pass
@@ -24,9 +24,9 @@ class _Launcher:
 class _Driver:
     """As much of Triton's CudaDriver as a launch asks for: an H100."""
 
-    launcher_cls = _Launcher
+    launcher_cls = Launcher
     utils = SimpleNamespace(
-        load_binary=lambda name, kernel, shared, device: (name, 0, 32, 0, 1024),  # module, function, registers, ..
+        load_binary=lambda name, kernel, shared, device: (name, kernel, 32, 0, 1024),  # module, function, registers, ..
         unload_module=lambda module: None,
         get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
     )

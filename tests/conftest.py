@@ -14,11 +14,18 @@ if not torch.cuda.is_available():
     # Read when a kernel is decorated, so it must be set before mvd_kernels is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from op_checks import IMPLEMENTATIONS, running  # noqa: E402 (after the interpreter is chosen)
+from op_checks import IMPLEMENTATIONS, LANGUAGES, running  # noqa: E402 (after the interpreter is chosen)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def kernels(request: pytest.FixtureRequest):
     """Every implementation of the fused operators that runs here, in turn; gives the device of its tensors."""
+    with running(request.param) as device:
+        yield device
+
+
+@pytest.fixture(params=LANGUAGES)
+def language(request: pytest.FixtureRequest):
+    """C++ with the widest instruction set, and Triton; gives the device of the tensors."""
     with running(request.param) as device:
         yield device

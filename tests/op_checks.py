@@ -1,13 +1,16 @@
-"""What the tests of all fused operators share: which implementations run here, and how close they must come.
+"""What the tests of all fused operators share: which implementations run here, how close they must come, which cases.
 
 The oracle is the plain PyTorch reference in float64 on the same (already rounded) inputs, never another kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +22,51 @@ _C = extension()[0]
 # Each instruction set of this processor counts as an implementation; Triton runs in the interpreter without a GPU.
 CPP = tuple(f"cpp-{isa}" for isa in _C.isa_names()) if _C else ()
 IMPLEMENTATIONS = (*CPP, "triton")
+# For what does not depend on the instruction set: which gradients are computed, dtypes, torch's features.
+LANGUAGES = (*CPP[-1:], "triton")
+
+
+def pairwise(**factors: Sequence) -> pytest.MarkDecorator:
+    """Cases of a test with several factors; those named `kernels` are of the fixture.
+
+    Any two values of two factors meet in some case, so every implementation meets every dtype. An operator has a branch
+    for a dtype, one for a remainder of columns, one for a missing bias and so on; a fault takes one of them, or two
+    together, such as loading bf16 at the end of a row. A fault that takes three at once may be missed; all combinations
+    took most of the tests' time.
+    """
+    names = list(factors)
+    return pytest.mark.parametrize(
+        names, all_pairs(*factors.values()), indirect=[name for name in names if name == "kernels"], ids=_id
+    )
+
+
+def all_pairs(*factors: Sequence) -> list[tuple]:
+    """Rows with a value of each factor, in which any two values of two factors meet; the same ones every time."""
+    places = [(i, j) for i, values in enumerate(factors) for j in range(len(values))]
+    missing = [pair for pair in itertools.combinations(places, 2) if pair[0][0] != pair[1][0]]
+    missing = dict.fromkeys(missing)  # a set in order
+    used: Counter = Counter()
+    rows = []
+    while missing:
+        row = dict(next(iter(missing)))
+        for i, values in enumerate(factors):
+            if i not in row:
+                row[i] = max(
+                    range(len(values)), key=lambda j, i=i, row=row: (len(_new(row | {i: j}, missing)), -used[i, j], -j)
+                )
+        for pair in _new(row, missing):
+            del missing[pair]
+        used.update(row.items())
+        rows.append(tuple(values[row[i]] for i, values in enumerate(factors)))
+    return rows
+
+
+def _new(row: dict[int, int], missing: dict) -> list[tuple]:
+    return [pair for pair in itertools.combinations(sorted(row.items()), 2) if pair in missing]
+
+
+def _id(value: object) -> str:
+    return getattr(value, "__name__", str(value)).removeprefix("torch.")
 
 
 @contextmanager

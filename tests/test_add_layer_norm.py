@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import assert_close, running
+from op_checks import IMPLEMENTATIONS, LANGUAGES, assert_close, pairwise, running
 from torch import Tensor, nn
 
 import mvd_kernels
@@ -16,6 +15,7 @@ from mvd_kernels import AddLayerNorm, add_layer_norm, use_impl
 from mvd_kernels._triton import interpreting
 
 EPS = 1e-6
+FLOATS = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1, 5), (2, 7, 1), (3, 5, 37), (2, 7, 64), (1, 13, 131), (2, 17, 96), (4, 3, 768), (3, 0, 8), (0, 4, 8)]
 
 
@@ -78,9 +78,7 @@ def check_against_oracle(x, branch, weight, bias, scale, grad_sum, grad_normed, 
 # ---- all implementations against the oracle ----
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("drop", [False, True])
+@pairwise(kernels=IMPLEMENTATIONS, dtype=FLOATS, shape=SHAPES, drop=[False, True])
 def test_forward_and_backward(kernels, shape, dtype, drop):
     leaves = inputs(shape, dtype, kernels)
     scale = torch.tensor([0.0, 1.25, 1.0, 3.0])[: shape[0]].to(kernels) if drop else None
@@ -89,8 +87,7 @@ def test_forward_and_backward(kernels, shape, dtype, drop):
     check_against_oracle(*leaves, scale, *gradients, eps=1.0 if shape[-1] == 1 else EPS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 37), (2, 5, 40), (64,)], ids=str)
+@pairwise(kernels=IMPLEMENTATIONS, dtype=FLOATS, shape=[(3, 37), (2, 5, 40), (64,)])
 def test_without_a_branch(kernels, shape, dtype):
     x, _, weight, bias = inputs(shape, dtype, kernels)
     check_against_oracle(
@@ -122,8 +119,7 @@ def test_gradients_of_many_rows_reach_weight_and_bias(kernels, monkeypatch):
     check_against_oracle(*leaves, None, *(random(*shape, device=kernels, seed=seed) for seed in (5, 6)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [1e4, 1e-40])
+@pairwise(kernels=IMPLEMENTATIONS, dtype=FLOATS, size=[1e4, 1e-40])
 def test_large_and_subnormal_numbers(kernels, dtype, size):
     x, branch, weight, bias = inputs((2, 3, 33), dtype, kernels)
     x, branch = ((leaf.detach() * size).requires_grad_() for leaf in (x, branch))
@@ -137,8 +133,7 @@ def test_equal_entries_give_the_bias(kernels):
     assert torch.equal(add_layer_norm(rows, rows, weight, bias)[1], bias.expand(2, -1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", [0x7FC00000, -1], ids=["quiet", "all ones"])
+@pairwise(kernels=IMPLEMENTATIONS, dtype=FLOATS, bits=[0x7FC00000, -1])  # a quiet NaN, and all ones
 def test_nan_stays_in_its_row(kernels, dtype, bits):
     nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     x, branch, weight, bias = inputs((1, 5, 37), dtype, kernels)
@@ -162,15 +157,15 @@ def test_nan_stays_in_its_row(kernels, dtype, bits):
     assert all(part.isnan().all() for part in scaled)
 
 
-def test_views_with_strides(kernels):
-    wide = random(4, 6, 2, 20, device=kernels, seed=1)
+def test_views_with_strides(language):
+    wide = random(4, 6, 2, 20, device=language, seed=1)
     x = wide[:, :, 0].detach().requires_grad_()
-    branch = random(6, 4, 20, device=kernels, seed=2).transpose(0, 1).detach().requires_grad_()
-    weight, bias = (random(2, 20, device=kernels, seed=s)[1].detach().requires_grad_() for s in (3, 4))
-    scale = torch.rand(8, device=kernels)[::2]
+    branch = random(6, 4, 20, device=language, seed=2).transpose(0, 1).detach().requires_grad_()
+    weight, bias = (random(2, 20, device=language, seed=s)[1].detach().requires_grad_() for s in (3, 4))
+    scale = torch.rand(8, device=language)[::2]
     gradients = (
-        random(20, 4, 6, device=kernels, seed=5).permute(1, 2, 0),
-        random(1, 1, 20, device=kernels).expand(4, 6, 20),
+        random(20, 4, 6, device=language, seed=5).permute(1, 2, 0),
+        random(1, 1, 20, device=language).expand(4, 6, 20),
     )
     assert not any(t.is_contiguous() for t in (x, branch, *gradients))
     check_against_oracle(x, branch, weight, bias, scale, *gradients)
@@ -179,20 +174,23 @@ def test_views_with_strides(kernels):
 # ---- gradients that are not needed or not there ----
 
 
-@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4))[1:], ids=str)
-@pytest.mark.parametrize("drop", [False, True])
-def test_only_the_gradients_that_are_needed(needed, drop):
-    leaves = [
-        leaf.detach().requires_grad_(need) for leaf, need in zip(inputs((2, 3, 17), torch.float32), needed, strict=True)
-    ]
-    scale = torch.tensor([0.0, 1.5]) if drop else None
-    every = inputs((2, 3, 17), torch.float32)
-    grads = random(2, 3, 17, seed=5), random(2, 3, 17, seed=6)
-    total, normed = add_layer_norm(*leaves, EPS, scale)
-    outputs = [(part, grad) for part, grad in zip((total, normed), grads, strict=True) if part.requires_grad]
-    torch.autograd.backward(*zip(*outputs, strict=True))
-    # Where neither x nor branch wants a gradient, the sum has none to pass on, and that of weight is the same.
-    want = torch.autograd.grad(add_layer_norm(*every, EPS, scale), every, grads)
+NEEDS = [False, True]
+
+
+@pairwise(implementation=LANGUAGES, x=NEEDS, branch=NEEDS, weight=NEEDS, bias=NEEDS, drop=NEEDS)
+def test_only_the_gradients_that_are_needed(implementation, x, branch, weight, bias, drop):
+    needed = (x, branch, weight, bias)
+    with running(implementation) as device:
+        every = inputs((2, 3, 17), torch.float32, device)
+        leaves = [leaf.detach().requires_grad_(need) for leaf, need in zip(every, needed, strict=True)]
+        scale = torch.tensor([0.0, 1.5], device=device) if drop else None
+        grads = random(2, 3, 17, device=device, seed=5), random(2, 3, 17, device=device, seed=6)
+        results = add_layer_norm(*leaves, EPS, scale)
+        assert any(part.requires_grad for part in results) == any(needed)
+        if any(needed):
+            torch.autograd.backward(results, grads)
+        # Where neither x nor branch wants a gradient, the sum has none to pass on, and that of weight is the same.
+        want = torch.autograd.grad(add_layer_norm(*every, EPS, scale), every, grads)
     for leaf, expected, need in zip(leaves, want, needed, strict=True):
         assert (leaf.grad is not None) == need
         if need:
@@ -200,10 +198,10 @@ def test_only_the_gradients_that_are_needed(needed, drop):
 
 
 @pytest.mark.parametrize("drop", [False, True])
-def test_gradient_from_one_result_alone(kernels, drop):
-    x, branch, weight, bias = inputs((2, 5, 37), torch.float32, kernels)
-    scale = torch.tensor([0.0, 1.5], device=kernels) if drop else None
-    grad = random(2, 5, 37, device=kernels, seed=5)
+def test_gradient_from_one_result_alone(language, drop):
+    x, branch, weight, bias = inputs((2, 5, 37), torch.float32, language)
+    scale = torch.tensor([0.0, 1.5], device=language) if drop else None
+    grad = random(2, 5, 37, device=language, seed=5)
     total, normed = add_layer_norm(x, branch, weight, bias, EPS, scale)
     from_sum = torch.autograd.grad(total, (x, branch, weight, bias), grad, retain_graph=True, allow_unused=True)
     assert from_sum[0] is not None
@@ -219,8 +217,8 @@ def test_gradient_from_one_result_alone(kernels, drop):
         assert torch.equal(ours, theirs)
 
 
-def test_no_grad(kernels):
-    leaves = inputs((2, 3, 17), torch.float32, kernels)
+def test_no_grad(language):
+    leaves = inputs((2, 3, 17), torch.float32, language)
     with torch.no_grad():
         results = add_layer_norm(*leaves)
     assert not any(part.requires_grad for part in results)
@@ -231,13 +229,13 @@ def test_no_grad(kernels):
 # ---- determinism ----
 
 
-def test_results_do_not_depend_on_run_or_threads(kernels):
-    shape = (3, 7 if interpreted(kernels) else 150, 33)
-    leaves = inputs(shape, torch.bfloat16, kernels)
-    grads = tuple(random(*shape, dtype=torch.bfloat16, device=kernels, seed=seed) for seed in (5, 6))
+def test_results_do_not_depend_on_run_or_threads(language):
+    shape = (3, 7 if interpreted(language) else 150, 33)
+    leaves = inputs(shape, torch.bfloat16, language)
+    grads = tuple(random(*shape, dtype=torch.bfloat16, device=language, seed=seed) for seed in (5, 6))
 
     def everything() -> list[Tensor]:
-        results = add_layer_norm(*leaves, EPS, torch.ones(3, device=kernels))
+        results = add_layer_norm(*leaves, EPS, torch.ones(3, device=language))
         return [*results, *torch.autograd.grad(results, leaves, grads)]
 
     first = everything()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_checks import CPP, CUDA, assert_close, running
+from op_checks import CPP, CUDA, assert_close, pairwise, running
 from torch import Tensor
 
 import mvd_kernels
@@ -21,10 +21,11 @@ CASES = [  # B, Nq, Nk, H, D
     (3, 96, 192, 1, 32),  # whole blocks
     (1, 5, 3, 2, 112),
 ]
+FLOATS = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(params=CPP)
-def cpp(request: pytest.FixtureRequest):
+def kernels(request: pytest.FixtureRequest):
     with running(request.param):
         yield
 
@@ -59,19 +60,17 @@ def check(inputs: tuple[Tensor, ...], scale: float | None = None, function=atten
         assert_close(got.flatten(), want.flatten(), 16 * length, 8, f"gradient of {name}", terms)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_the_formula(cpp, case, dtype):
+@pairwise(kernels=CPP, dtype=FLOATS, case=CASES)
+def test_against_the_formula(kernels, case, dtype):
     check(make(case, dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
-def test_other_scales(cpp, dtype, scale):
+@pairwise(kernels=CPP, dtype=FLOATS, scale=[0.0, -0.3, 2.0])
+def test_other_scales(kernels, dtype, scale):
     check(make((1, 20, 230, 2, 32), dtype), scale)
 
 
-def test_sharp_rows(cpp):
+def test_sharp_rows(kernels):
     """Scores of +-1e4 leave one key per query; nothing overflows, nor does a gradient."""
     q, k, v = make((2, 9, 400, 2, 64), torch.float32, spread=1e4)
     out = attention(*leaves((q, k, v)))
@@ -83,13 +82,13 @@ def test_sharp_rows(cpp):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tiny_inputs_average_the_values(cpp, dtype):
+def test_tiny_inputs_average_the_values(kernels, dtype):
     q, k, v = (x * 1e-38 for x in make((1, 5, 300, 1, 32), dtype))
     v = torch.randn(v.shape).to(dtype)
     assert_close(attention(q, k, v), v.double().mean(1, keepdim=True).expand(-1, 5, -1, -1), 300, 3)
 
 
-def test_nan_reaches_what_depends_on_it_and_nothing_else(cpp):
+def test_nan_reaches_what_depends_on_it_and_nothing_else(kernels):
     q, k, v = make((2, 60, 200, 2, 64), torch.float32)
     clean = attention(q, k, v)
     q[0, 7, 1, 3] = float("nan")
@@ -106,7 +105,7 @@ def test_nan_reaches_what_depends_on_it_and_nothing_else(cpp):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strides_are_read_in_place(cpp, dtype):
+def test_strides_are_read_in_place(kernels, dtype):
     """The views of a packed projection, heads before tokens, every other token, a last dimension with a stride."""
     packed = torch.randn(2, 61, 3, 2, 32).to(dtype)
     check(packed.unbind(2))
@@ -118,7 +117,7 @@ def test_strides_are_read_in_place(cpp, dtype):
     assert torch.equal(attention(q, k, expanded), attention(q, k, expanded.contiguous()))
 
 
-def test_the_gradient_may_have_strides(cpp):
+def test_the_gradient_may_have_strides(kernels):
     q, k, v = leaves(make((1, 9, 9, 2, 16), torch.float32))
     gradient = torch.randn(1, 2, 9, 16).transpose(1, 2)
     of_view, of_copy = (
@@ -129,7 +128,7 @@ def test_the_gradient_may_have_strides(cpp):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2, 32), (2, 0, 2, 32)])
-def test_empty(cpp, shape):
+def test_empty(kernels, shape):
     q = torch.randn(shape, requires_grad=True)
     kv = torch.randn(shape[0], 4, 2, 32, requires_grad=True)
     out = attention(q, kv, kv)
@@ -138,7 +137,7 @@ def test_empty(cpp, shape):
     assert not grads[0].numel() and not grads[1].any()
 
 
-def test_threads_and_repetition_change_nothing(cpp):
+def test_threads_and_repetition_change_nothing(kernels):
     inputs = leaves(make((1, 300, 300, 1, 64), torch.bfloat16))
     gradient = torch.randn(1, 300, 1, 64).bfloat16()
 
@@ -155,7 +154,7 @@ def test_threads_and_repetition_change_nothing(cpp):
         torch.set_num_threads(before)
 
 
-def test_only_what_is_needed_has_a_graph(cpp):
+def test_only_what_is_needed_has_a_graph(kernels):
     q, k, v = make((1, 4, 4, 1, 16), torch.float32)
     assert not attention(q, k, v).requires_grad
     with torch.no_grad():
@@ -165,7 +164,7 @@ def test_only_what_is_needed_has_a_graph(cpp):
     assert grad.shape == k.shape
 
 
-def test_autocast(cpp):
+def test_autocast(kernels):
     inputs = make((1, 4, 6, 1, 16), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = attention(*leaves(inputs))
@@ -176,7 +175,7 @@ def test_autocast(cpp):
 # ---- torch ----
 
 
-def test_opcheck(cpp):
+def test_opcheck(kernels):
     inputs = leaves(make((2, 5, 7, 2, 32), torch.float32))
     torch.library.opcheck(torch.ops.mvd_kernels.attention.default, (*inputs, 0.2))
 

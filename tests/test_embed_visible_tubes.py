@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_checks import CUDA, assert_close
+from op_checks import CUDA, IMPLEMENTATIONS, LANGUAGES, assert_close, pairwise, running
 from torch import Tensor, nn
 
 from mvd_kernels import embed_visible_tubes, use_impl
@@ -125,27 +125,24 @@ def test_gradcheck_of_the_reference():
 # ---- all implementations ----
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["bytes", "float32", "bfloat16"])
+@pairwise(kernels=IMPLEMENTATIONS, dtype=DTYPES, kind=["bytes", "float32", "bfloat16"])
 def test_forward_and_backward(kernels, dtype, kind):
     check(make_arguments(kernels, dtype, kind))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"size": (1, 2, 4, 4), "visible": 1},  # one token of one
-        {"size": (3, 2, 8, 28), "visible": 7, "width": 17, "pos_shape": "BNC"},
-        {"size": (2, 1, 14, 28), "tube": (1, 14), "visible": 2, "pos_shape": "NC"},  # images, patches of 14
-        {"size": (1, 2, 16, 32), "tube": (2, 16), "visible": 2, "width": 40, "pos_shape": "none"},
-        {"size": (1, 1, 18, 18), "tube": (1, 18), "visible": 1},  # more than sixteen pixels, and not twice that
-        {"size": (2, 3, 6, 6), "tube": (3, 3), "visible": 4, "width": 1},
-    ],
-    ids=str,
-)
-def test_sizes(kernels, change):
-    check(make_arguments(kernels, torch.float32, "bytes", **change))
-    check(make_arguments(kernels, torch.bfloat16, "float32", **change))
+SIZES = [
+    {"size": (1, 2, 4, 4), "visible": 1},  # one token of one
+    {"size": (3, 2, 8, 28), "visible": 7, "width": 17, "pos_shape": "BNC"},
+    {"size": (2, 1, 14, 28), "tube": (1, 14), "visible": 2, "pos_shape": "NC"},  # images, patches of 14
+    {"size": (1, 2, 16, 32), "tube": (2, 16), "visible": 2, "width": 40, "pos_shape": "none"},
+    {"size": (1, 1, 18, 18), "tube": (1, 18), "visible": 1},  # more than sixteen pixels, and not twice that
+    {"size": (2, 3, 6, 6), "tube": (3, 3), "visible": 4, "width": 1},
+]
+
+
+@pairwise(kernels=IMPLEMENTATIONS, dtype=DTYPES, kind=["bytes", "float32"], change=SIZES)
+def test_sizes(kernels, dtype, kind, change):
+    check(make_arguments(kernels, dtype, kind, **change))
 
 
 @pytest.mark.gpu
@@ -156,25 +153,25 @@ def test_half_precision_of_triton(kind):
         check(make_arguments(device, torch.float16, kind))
 
 
-def test_without_bias_and_positions(kernels):
-    check(make_arguments(kernels, torch.float32) | {"bias": None, "pos": None})
-    check(make_arguments(kernels, torch.bfloat16) | {"bias": None, "pos": None})
+def test_without_bias_and_positions(language):
+    check(make_arguments(language, torch.float32) | {"bias": None, "pos": None})
+    check(make_arguments(language, torch.bfloat16) | {"bias": None, "pos": None})
 
 
-def test_positions_in_fp32_beside_bf16_weights(kernels):
-    arguments = make_arguments(kernels, torch.bfloat16)
+def test_positions_in_fp32_beside_bf16_weights(language):
+    arguments = make_arguments(language, torch.bfloat16)
     check(arguments | {"pos": arguments["pos"].float() + 1e-4, "bias": arguments["bias"].float()})
 
 
-def test_bytes_by_default_are_divided_by_255_only(kernels):
-    arguments = make_arguments(kernels, torch.float32) | {"mean": None, "std": None}
+def test_bytes_by_default_are_divided_by_255_only(language):
+    arguments = make_arguments(language, torch.float32) | {"mean": None, "std": None}
     check(arguments)
     floats = arguments["video"].permute(0, 4, 1, 2, 3).float() / 255
     out = embed_visible_tubes(**arguments)
     assert_close(embed_visible_tubes(**arguments | {"video": floats}), out.double(), 96, name="float clip")
     shifted = embed_visible_tubes(**arguments | {"mean": MEAN, "std": None})
     same = embed_visible_tubes(
-        **arguments | {"video": floats - torch.tensor(MEAN, device=kernels)[:, None, None, None]}
+        **arguments | {"video": floats - torch.tensor(MEAN, device=language)[:, None, None, None]}
     )
     assert_close(shifted, same.double(), 96, name="mean alone")
 
@@ -223,24 +220,25 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(out, again)
 
 
-def test_strided_weights_positions_and_indices(kernels):
-    arguments = make_arguments(kernels, torch.float32)
+def test_strided_weights_positions_and_indices(language):
+    arguments = make_arguments(language, torch.float32)
     weight = arguments["weight"].flip(0).permute(2, 3, 4, 0, 1).contiguous().permute(3, 4, 0, 1, 2)
     pos = arguments["pos"].transpose(1, 2).contiguous().transpose(1, 2)
     index = arguments["visible_index"].t().contiguous().t()
     check(
-        arguments | {"weight": weight, "pos": pos, "visible_index": index, "bias": torch.randn(26, device=kernels)[::2]}
+        arguments
+        | {"weight": weight, "pos": pos, "visible_index": index, "bias": torch.randn(26, device=language)[::2]}
     )
 
 
-@pytest.mark.parametrize("kind", ["bytes", "float32"])
-@pytest.mark.parametrize("empty", ["batch", "tokens"])
-def test_nothing_to_embed(kernels, kind, empty):
+@pairwise(implementation=LANGUAGES, kind=["bytes", "float32"], empty=["batch", "tokens"])
+def test_nothing_to_embed(implementation, kind, empty):
     size = (0, 4, 8, 12) if empty == "batch" else (2, 4, 8, 12)
-    arguments = make_arguments(kernels, torch.float32, kind, size=size, visible=3 if empty == "batch" else 0)
-    wanted = tuple(name for name in ("video", "weight", "bias", "pos") if arguments[name].is_floating_point())
-    shape = (*arguments["visible_index"].shape, 13)
-    out, found = differentiate(embed_visible_tubes, arguments, wanted, torch.zeros(shape, device=kernels))
+    with running(implementation) as device:
+        arguments = make_arguments(device, torch.float32, kind, size=size, visible=3 if empty == "batch" else 0)
+        wanted = tuple(name for name in ("video", "weight", "bias", "pos") if arguments[name].is_floating_point())
+        shape = (*arguments["visible_index"].shape, 13)
+        out, found = differentiate(embed_visible_tubes, arguments, wanted, torch.zeros(shape, device=device))
     assert tuple(out.shape) == shape
     for name, gradient in found.items():
         assert gradient.shape == arguments[name].shape
@@ -281,10 +279,10 @@ def test_nan_of_weights_and_positions_stays_in_its_place(kernels):
 
 
 @pytest.mark.parametrize("wanted", [("video",), ("weight",), ("bias",), ("pos",), ("video", "pos"), ("weight", "bias")])
-def test_gradients_that_are_not_needed_are_not_computed(kernels, wanted):
-    arguments = make_arguments(kernels, torch.float32, "float32")
+def test_gradients_that_are_not_needed_are_not_computed(language, wanted):
+    arguments = make_arguments(language, torch.float32, "float32")
     every = ("video", "weight", "bias", "pos")
-    grad = torch.randn(2, 3, 13, device=kernels)
+    grad = torch.randn(2, 3, 13, device=language)
     _, all_gradients = differentiate(embed_visible_tubes, arguments, every, grad)
     _, some = differentiate(embed_visible_tubes, arguments, wanted, grad)
     for name in wanted:
@@ -307,10 +305,10 @@ def test_results_are_the_same_bits_every_time(kernels):
         assert torch.equal(gradients[name], again[name]), name
 
 
-def test_autocast(kernels):
-    arguments = make_arguments(kernels, torch.float32)
-    wanted, grad = ("weight", "bias", "pos"), torch.randn(2, 3, 13, device=kernels)
-    with torch.autocast(kernels, torch.bfloat16):
+def test_autocast(language):
+    arguments = make_arguments(language, torch.float32)
+    wanted, grad = ("weight", "bias", "pos"), torch.randn(2, 3, 13, device=language)
+    with torch.autocast(language, torch.bfloat16):
         out, found = differentiate(embed_visible_tubes, arguments, wanted, grad)
     arguments["weight"] = arguments["weight"].bfloat16()
     expected, gradients = differentiate(embed_visible_tubes, arguments, wanted, grad)
@@ -321,8 +319,8 @@ def test_autocast(kernels):
         assert torch.equal(found[name], gradients[name].float()), name
 
 
-def test_no_graph_without_gradients(kernels):
-    arguments = make_arguments(kernels, torch.float32)
+def test_no_graph_without_gradients(language):
+    arguments = make_arguments(language, torch.float32)
     arguments["weight"].requires_grad_()
     with torch.no_grad():
         assert embed_visible_tubes(**arguments).grad_fn is None

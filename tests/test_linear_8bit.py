@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import CUDA, IMPLEMENTATIONS, assert_close, running
+from op_checks import CPP, CUDA, LANGUAGES, assert_close, pairwise, running
 from torch import Tensor, nn
 
 import mvd_kernels
@@ -26,6 +26,8 @@ CASES = [  # R, C, D
 ]
 FLOATS = [torch.float32, torch.bfloat16]
 FORMATS = ["int8", "fp8"]
+# C++ has no FP8: no instruction of a CPU multiplies it.
+KERNELS = [*((one, "int8") for one in CPP), ("triton", "int8"), ("triton", "fp8")]
 
 
 def make(
@@ -59,20 +61,13 @@ def in_use() -> str:
     return mvd_kernels.implementation("linear_8bit", "cuda" if CUDA else "cpu")[0]
 
 
-def runs_here(format: str) -> bool:
-    """Whether the implementation in use takes this format: C++ has no FP8."""
-    return format == "int8" or in_use() != "cpp"
-
-
 # ---- against the formula ----
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_the_formula(kernels, case, dtype, format):
-    if runs_here(format):
-        x, weight, bias = make(case, dtype, kernels, format)
+@pairwise(kernel=KERNELS, dtype=FLOATS, case=CASES)
+def test_against_the_formula(kernel, dtype, case):
+    with running(kernel[0]) as device:
+        x, weight, bias = make(case, dtype, device, kernel[1])
         check(x, weight, bias, "gelu")
         check(x, weight, None)
 
@@ -139,41 +134,36 @@ def test_gelu_everywhere(kernels):
 # ---- extreme values ----
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_extreme_values(kernels, format):
-    if not runs_here(format):
-        return
-    x, weight, bias = make(CASES[1], torch.float32, kernels, format)
-    factors = torch.tensor([1e30, 1e4, 1e-25, 1e-29, 1e-35, 1e-40, 0.0], device=kernels)[:, None]
-    check(x * factors, weight, bias, "gelu")
-    y = linear_8bit(x * factors, weight, bias)
-    assert torch.equal(y[4:], bias.expand(3, -1))
-    check((x * factors)[:4], weight, None)
-    check((x * factors)[2:], weight._replace(scale=weight.scale * 1e15), None)
-    check(x, weight._replace(scale=weight.scale * 1e4), bias, "gelu")
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_extreme_values(kernel):
+    with running(kernel[0]) as device:
+        x, weight, bias = make(CASES[1], torch.float32, device, kernel[1])
+        factors = torch.tensor([1e30, 1e4, 1e-25, 1e-29, 1e-35, 1e-40, 0.0], device=device)[:, None]
+        check(x * factors, weight, bias, "gelu")
+        y = linear_8bit(x * factors, weight, bias)
+        assert torch.equal(y[4:], bias.expand(3, -1))
+        check((x * factors)[:4], weight, None)
+        check((x * factors)[2:], weight._replace(scale=weight.scale * 1e15), None)
+        check(x, weight._replace(scale=weight.scale * 1e4), bias, "gelu")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", [0, 20, 66])
-def test_what_is_not_finite_stays_in_its_row(kernels, bad, place, format, dtype):
-    if not runs_here(format):
-        return
-    x, weight, bias = make((9, 67, 70), dtype, kernels, format)
-    clean = linear_8bit(x, weight, bias, "gelu")
-    x[4, place] = bad
-    y = linear_8bit(x, weight, bias, "gelu")
+@pairwise(kernel=KERNELS, dtype=FLOATS, bad=[float("nan"), float("inf"), -float("inf")], place=[0, 20, 66])
+def test_what_is_not_finite_stays_in_its_row(kernel, dtype, bad, place):
+    with running(kernel[0]) as device:
+        x, weight, bias = make((9, 67, 70), dtype, device, kernel[1])
+        clean = linear_8bit(x, weight, bias, "gelu")
+        x[4, place] = bad
+        y = linear_8bit(x, weight, bias, "gelu")
     assert y[4].isnan().all()
     y[4] = clean[4]
     assert torch.equal(y, clean)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_channel_that_is_not_finite(kernels, bad):
-    x, _, bias = make(CASES[1], torch.float32, kernels)
-    weight = torch.randn(64, 64, device=kernels)
+def test_a_channel_that_is_not_finite(language, bad):
+    x, _, bias = make(CASES[1], torch.float32, language)
+    weight = torch.randn(64, 64, device=language)
     clean = linear_8bit(x, quantize_weight(weight), bias)
     weight[3, 5] = bad
     quantized = quantize_weight(weight)
@@ -183,9 +173,9 @@ def test_a_channel_that_is_not_finite(kernels, bad):
     assert torch.equal(y, clean)
 
 
-def test_a_channel_of_zeros(kernels):
-    x, _, bias = make(CASES[1], torch.float32, kernels)
-    weight = torch.randn(64, 64, device=kernels)
+def test_a_channel_of_zeros(language):
+    x, _, bias = make(CASES[1], torch.float32, language)
+    weight = torch.randn(64, 64, device=language)
     weight[3] = 0
     y = linear_8bit(x, quantize_weight(weight), bias)
     assert torch.equal(y[:, 3], bias[3].expand(7)) and y.isfinite().all()
@@ -203,26 +193,26 @@ def test_largest_sums(kernels):
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (16,), (2, 3, 5, 16)])
-def test_other_dimensions(kernels, shape):
-    _, weight, bias = make((1, 16, 24), torch.float32, kernels)
-    check(torch.randn(shape).to(kernels), weight, bias, "gelu")
+def test_other_dimensions(language, shape):
+    _, weight, bias = make((1, 16, 24), torch.float32, language)
+    check(torch.randn(shape).to(language), weight, bias, "gelu")
 
 
-def test_strides(kernels):
-    x, _, bias = make((30, 22, 18), torch.float32, kernels)
-    weight = torch.randn(22, 18).to(kernels)
+def test_strides(language):
+    x, _, bias = make((30, 22, 18), torch.float32, language)
+    weight = torch.randn(22, 18).to(language)
     check(x.t().contiguous().t(), quantize_weight(weight.t()), bias.repeat_interleave(2)[::2], "gelu")
     check(x[::3], quantize_weight(weight.t()), bias)
     check(x.view(5, 6, 22).transpose(0, 1), quantize_weight(weight.t()), bias)
     assert torch.equal(quantize_weight(weight.t()).values, quantize_weight(weight.t().contiguous()).values)
 
 
-def test_a_weight_that_is_not_packed(kernels):
-    x, weight, bias = make(CASES[2], torch.float32, kernels)
+def test_a_weight_that_is_not_packed(language):
+    x, weight, bias = make(CASES[2], torch.float32, language)
     assert torch.equal(linear_8bit(x, weight._replace(packed=None), bias), linear_8bit(x, weight, bias))
 
 
-@pytest.mark.parametrize("implementation", [one for one in IMPLEMENTATIONS if one != "triton"])
+@pytest.mark.parametrize("implementation", CPP)
 def test_threads_change_nothing(implementation):
     arguments = make((400, 149, 130), torch.bfloat16)
     before = torch.get_num_threads()
@@ -238,14 +228,14 @@ def test_threads_change_nothing(implementation):
 # ---- torch ----
 
 
-def test_autocast(kernels):
-    x, weight, bias = make(CASES[1], torch.float32, kernels)
-    with torch.autocast(kernels, torch.bfloat16):
+def test_autocast(language):
+    x, weight, bias = make(CASES[1], torch.float32, language)
+    with torch.autocast(language, torch.bfloat16):
         y = linear_8bit(x, weight, bias, "gelu")
     assert y.dtype == torch.bfloat16 and torch.equal(y, linear_8bit(x.bfloat16(), weight, bias, "gelu"))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", LANGUAGES)
 def test_opcheck(implementation):
     with running(implementation) as device:
         x, weight, bias = make(CASES[1], torch.float32, device)
@@ -279,8 +269,8 @@ def test_fp8_is_plain_pytorch_on_a_cpu():
         linear_8bit(*arguments)
 
 
-def test_it_is_frozen(kernels):
-    x, weight, bias = make(CASES[1], torch.float32, kernels)
+def test_it_is_frozen(language):
+    x, weight, bias = make(CASES[1], torch.float32, language)
     assert not linear_8bit(x, weight, bias.requires_grad_()).requires_grad
     with pytest.raises(ValueError, match=r"x requires a gradient, .* call it under torch.no_grad"):
         linear_8bit(x.requires_grad_(), weight, bias)

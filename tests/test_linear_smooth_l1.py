@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import CUDA, IMPLEMENTATIONS, assert_close, running
+from op_checks import CUDA, IMPLEMENTATIONS, LANGUAGES, assert_close, pairwise, running
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -65,11 +65,9 @@ def check(
         assert_close(got.flatten(), want.flatten(), rows + depth + target.shape[2], 4, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_the_formula(kernels, case, dtype):
-    check(make(case, dtype, kernels))
-    check(make(case, dtype, kernels), beta=0.4, normalize=True, reduction="sum")
+@pairwise(kernels=IMPLEMENTATIONS, dtype=FLOATS, case=CASES, options=[(1.0, False, "mean"), (0.4, True, "sum")])
+def test_against_the_formula(kernels, dtype, case, options):
+    check(make(case, dtype, kernels), *options)
 
 
 def test_l1(kernels):
@@ -82,20 +80,20 @@ def test_half_on_triton():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_the_target_may_have_another_dtype(kernels, dtype):
-    inputs = make(CASES[1], torch.float32, kernels)
+def test_the_target_may_have_another_dtype(language, dtype):
+    inputs = make(CASES[1], torch.float32, language)
     check(inputs | {"target": inputs["target"].to(dtype)})
 
 
-def test_targets_of_inference_mode(kernels):
-    inputs = make(CASES[1], torch.float32, kernels)
+def test_targets_of_inference_mode(language):
+    inputs = make(CASES[1], torch.float32, language)
     with torch.inference_mode():
         target = inputs["target"] * 1
     check(inputs | {"target": target})
 
 
-def test_without_index_and_bias(kernels):
-    inputs = make((2, 7, 7, 16, 24), torch.float32, kernels)
+def test_without_index_and_bias(language):
+    inputs = make((2, 7, 7, 16, 24), torch.float32, language)
     x, weight, _ = trained(inputs)
     loss = linear_smooth_l1(x, weight, None, inputs["target"])
     expected = F.smooth_l1_loss(F.linear(x.double(), weight.double()), inputs["target"].double())
@@ -105,8 +103,8 @@ def test_without_index_and_bias(kernels):
         assert_close(got, want.double(), 24 + 14, 2)
 
 
-def test_several_heads(kernels):
-    first, second = make(CASES[1], torch.float32, kernels), make((2, 7, 11, 24, 40), torch.float32, kernels)
+def test_several_heads(language):
+    first, second = make(CASES[1], torch.float32, language), make((2, 7, 11, 24, 40), torch.float32, language)
     names = ("x", "weight", "bias", "target")
     both = linear_smooth_l1(*([first[name], second[name]] for name in names), first["index"], normalize_target=True)
     alone = [
@@ -127,9 +125,9 @@ def test_extreme_values(kernels):
     assert loss.isnan() and grad[1, 3].isnan().all() and grad.isnan().sum() == grad.shape[2]
 
 
-def test_strides(kernels):
+def test_strides(language):
     case = (2, 7, 11, 16, 64)
-    inputs = make(case, torch.float32, kernels)
+    inputs = make(case, torch.float32, language)
     strided = {
         "x": inputs["x"].transpose(0, 1).contiguous().transpose(0, 1),
         "weight": inputs["weight"].t().contiguous().t(),
@@ -140,16 +138,16 @@ def test_strides(kernels):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
-def test_no_rows(kernels, shape):
-    inputs = make((*shape, 4, 8, 8), torch.float32, kernels)
+def test_no_rows(language, shape):
+    inputs = make((*shape, 4, 8, 8), torch.float32, language)
     parts = trained(inputs)
     total = linear_smooth_l1(*parts, inputs["target"], inputs["index"], reduction="sum")
     assert total == 0 and not any(grad.any() for grad in torch.autograd.grad(total, parts))
     assert linear_smooth_l1(*parts, inputs["target"], inputs["index"]).isnan()
 
 
-def test_only_what_is_needed_is_computed(kernels):
-    inputs = make(CASES[1], torch.float32, kernels)
+def test_only_what_is_needed_is_computed(language):
+    inputs = make(CASES[1], torch.float32, language)
     x, weight, bias = trained(inputs)
     rest = inputs["target"], inputs["index"]
     full = torch.autograd.grad(linear_smooth_l1(x, weight, bias, *rest), (x, weight, bias))
@@ -160,8 +158,8 @@ def test_only_what_is_needed_is_computed(kernels):
         assert not linear_smooth_l1(x, weight, bias, *rest).requires_grad
 
 
-def test_backward_twice_and_in_a_checkpoint(kernels):
-    inputs = make(CASES[1], torch.float32, kernels)
+def test_backward_twice_and_in_a_checkpoint(language):
+    inputs = make(CASES[1], torch.float32, language)
     parts = trained(inputs)
     loss = linear_smooth_l1(*parts, inputs["target"], inputs["index"])
     first = torch.autograd.grad(loss, parts, retain_graph=True)
@@ -186,9 +184,9 @@ def test_threads_change_nothing():
         torch.set_num_threads(before)
 
 
-def test_autocast(kernels):
-    inputs = make(CASES[1], torch.float32, kernels)
-    with torch.autocast(kernels, torch.bfloat16):
+def test_autocast(language):
+    inputs = make(CASES[1], torch.float32, language)
+    with torch.autocast(language, torch.bfloat16):
         loss = linear_smooth_l1(*trained(inputs), inputs["target"], inputs["index"])
     narrow = {name: value.bfloat16() for name, value in inputs.items() if name in ("x", "weight")}
     x, weight, bias = trained(inputs | narrow)
@@ -198,7 +196,7 @@ def test_autocast(kernels):
 # ---- torch ----
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", LANGUAGES)
 def test_opcheck(implementation):
     with running(implementation) as device:
         inputs = make(CASES[1], torch.float32, device)

@@ -47,6 +47,13 @@ def test_every_kernel_is_in_a_case(launches):
     assert {offline.function_of(launch.kernel).__name__ for _, _, launch in launches} == ours
 
 
+def test_launches_that_are_remembered_are_those_of_triton():
+    result = outside_the_interpreter(DATA / "launches.py")
+    assert result.returncode == 0, result.stderr
+    launches, remembered = map(int, result.stdout.split())
+    assert 0 < launches // 3 <= remembered < launches  # the third round at least
+
+
 def test_the_table_has_exactly_what_is_launched():
     script = "from mvd_kernels.offline import *; print(*named_builds(list(cases())), sep='\\n')"
     result = outside_the_interpreter("-c", script)

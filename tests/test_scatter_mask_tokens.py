@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_checks import assert_close
+from op_checks import IMPLEMENTATIONS, assert_close, pairwise
 from torch import Tensor, nn
 
 from mvd_kernels import scatter_mask_tokens, use_impl
@@ -130,25 +130,22 @@ def test_gradcheck_of_the_reference():
 # ---- all implementations ----
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("widths", [(13,), (13, 8), (5, 40, 1)], ids=str)
+@pairwise(kernels=IMPLEMENTATIONS, dtype=DTYPES, widths=[(13,), (13, 8), (5, 40, 1)])
 def test_forward_and_backward(kernels, dtype, widths):
     check(make_arguments(kernels, dtype, widths=widths))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"batch": 1, "visible": 1, "masked": 1},
-        {"batch": 3, "visible": 7, "masked": 0, "width": 17},
-        {"batch": 1, "visible": 2, "masked": 130, "widths": (257,)},  # several partial sums, several blocks of columns
-        {"batch": 2, "visible": 70, "masked": 5, "width": 5, "widths": (7, 16)},
-    ],
-    ids=str,
-)
-def test_sizes(kernels, change):
-    check(make_arguments(kernels, torch.float32, **change))
-    check(make_arguments(kernels, torch.bfloat16, **change))
+SIZES = [
+    {"batch": 1, "visible": 1, "masked": 1},
+    {"batch": 3, "visible": 7, "masked": 0, "width": 17},
+    {"batch": 1, "visible": 2, "masked": 130, "widths": (257,)},  # several partial sums, several blocks of columns
+    {"batch": 2, "visible": 70, "masked": 5, "width": 5, "widths": (7, 16)},
+]
+
+
+@pairwise(kernels=IMPLEMENTATIONS, dtype=DTYPES, change=SIZES)
+def test_sizes(kernels, dtype, change):
+    check(make_arguments(kernels, dtype, **change))
 
 
 def test_half_precision_of_triton():
@@ -157,8 +154,8 @@ def test_half_precision_of_triton():
 
 
 @pytest.mark.parametrize("given", ["none", "some"])
-def test_without_biases(kernels, given):
-    arguments = make_arguments(kernels, torch.float32)
+def test_without_biases(language, given):
+    arguments = make_arguments(language, torch.float32)
     if given == "none":
         check(arguments | {"biases": None})
         return
@@ -173,8 +170,8 @@ def test_without_biases(kernels, given):
         assert torch.equal(got, want)
 
 
-def test_one_decoder_without_lists(kernels):
-    arguments = make_arguments(kernels, torch.float32, widths=(13,))
+def test_one_decoder_without_lists(language):
+    arguments = make_arguments(language, torch.float32, widths=(13,))
     single = arguments | {name: arguments[name][0] for name in LISTS}
     out = scatter_mask_tokens(**single)
     assert torch.equal(out, scatter_mask_tokens(**arguments)[0])
@@ -183,15 +180,15 @@ def test_one_decoder_without_lists(kernels):
     assert scatter_mask_tokens(**single | {"biases": None}).shape == out.shape
 
 
-def test_frozen_positions_in_fp32_beside_bf16(kernels):
-    arguments = make_arguments(kernels, torch.bfloat16)
+def test_frozen_positions_in_fp32_beside_bf16(language):
+    arguments = make_arguments(language, torch.bfloat16)
     check(arguments | {"pos": [one.float() + 1e-4 for one in arguments["pos"]]})
     check(arguments | {"mask_tokens": [one.float() for one in arguments["mask_tokens"]]})
 
 
-def test_strided_arguments(kernels):
-    arguments = make_arguments(kernels, torch.float32)
-    arguments["x"] = torch.randn(11, 2, 6, device=kernels).permute(1, 2, 0)[:, ::2]
+def test_strided_arguments(language):
+    arguments = make_arguments(language, torch.float32)
+    arguments["x"] = torch.randn(11, 2, 6, device=language).permute(1, 2, 0)[:, ::2]
     arguments["weights"] = [one.t().contiguous().t() for one in arguments["weights"]]
     arguments["biases"] = [torch.stack([one, one], 1)[:, 0] for one in arguments["biases"]]
     arguments["pos"] = [one.transpose(1, 2).contiguous().transpose(1, 2) for one in arguments["pos"]]
@@ -206,8 +203,8 @@ def test_strided_arguments(kernels):
 
 
 @pytest.mark.parametrize("change", [{"batch": 0}, {"visible": 0}], ids=str)
-def test_nothing_visible(kernels, change):
-    arguments = make_arguments(kernels, torch.float32, **change)
+def test_nothing_visible(language, change):
+    arguments = make_arguments(language, torch.float32, **change)
     outputs, found = differentiate(scatter_mask_tokens, arguments, LEARNED, random_gradients(arguments))
     assert [tuple(out.shape) for out in outputs] == [
         (len(arguments["x"]), len(arguments["pos"][0][0]), c) for c in (13, 8)
@@ -219,8 +216,8 @@ def test_nothing_visible(kernels, change):
         check(arguments)
 
 
-def test_positions_that_are_used_twice(kernels):
-    arguments = make_arguments(kernels, torch.float32)
+def test_positions_that_are_used_twice(language):
+    arguments = make_arguments(language, torch.float32)
     arguments["masked_index"][0, :4] = arguments["visible_index"][0, 0]
     check(arguments)
 
@@ -253,8 +250,8 @@ def test_nan_of_mask_tokens_and_positions_stays_in_its_place(kernels):
 @pytest.mark.parametrize(
     "names", [("x",), ("weights",), ("biases",), ("mask_tokens",), ("pos",), ("x", "pos")], ids=str
 )
-def test_gradients_that_are_not_needed_are_not_computed(kernels, names):
-    arguments = make_arguments(kernels, torch.float32)
+def test_gradients_that_are_not_needed_are_not_computed(language, names):
+    arguments = make_arguments(language, torch.float32)
     grads = random_gradients(arguments)
     sizes = {"x": 1} | dict.fromkeys(LISTS, 2)
     _, every = differentiate(scatter_mask_tokens, arguments, LEARNED, grads)
@@ -269,8 +266,8 @@ def test_gradients_that_are_not_needed_are_not_computed(kernels, names):
     assert len(operator(grads, arguments["x"], arguments["weights"], *indices, needed, 12)) == sum(needed)
 
 
-def test_one_output_alone_gives_gradients(kernels):
-    arguments, (x, first, second, *_) = leaves(make_arguments(kernels, torch.float32), LEARNED)
+def test_one_output_alone_gives_gradients(language):
+    arguments, (x, first, second, *_) = leaves(make_arguments(language, torch.float32), LEARNED)
     grad = random_gradients(arguments)[1]
     found = torch.autograd.grad(scatter_mask_tokens(**arguments)[1], (x, first, second), grad)
     assert_close(found[0], (grad[:, :3].double() @ second.double()), 8)
@@ -304,10 +301,10 @@ def test_sums_do_not_depend_on_the_threads():
         assert torch.equal(one, other)
 
 
-def test_autocast(kernels):
-    arguments = make_arguments(kernels, torch.float32)
+def test_autocast(language):
+    arguments = make_arguments(language, torch.float32)
     names, grads = ("x", "weights", "mask_tokens", "pos"), random_gradients(arguments)
-    with torch.autocast(kernels, torch.bfloat16):
+    with torch.autocast(language, torch.bfloat16):
         outputs, found = differentiate(scatter_mask_tokens, arguments, names, grads)
     cast = {"x": arguments["x"].bfloat16(), "weights": [one.bfloat16() for one in arguments["weights"]]}
     expected, gradients = differentiate(scatter_mask_tokens, arguments | cast, names, grads)
@@ -319,8 +316,8 @@ def test_autocast(kernels):
         assert torch.equal(got, want.float())
 
 
-def test_no_graph_without_gradients(kernels):
-    arguments, _ = leaves(make_arguments(kernels, torch.float32), LEARNED)
+def test_no_graph_without_gradients(language):
+    arguments, _ = leaves(make_arguments(language, torch.float32), LEARNED)
     with torch.no_grad():
         assert all(out.grad_fn is None for out in scatter_mask_tokens(**arguments))
 

@@ -14,18 +14,15 @@ import importlib
 import importlib.util
 import pkgutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch.autograd import forward_ad
 
 from mvd_kernels._triton import HAS_TRITON, interpreting
-
-if TYPE_CHECKING:
-    from mvd_kernels._operator import Operator
 
 KERNELS = ("cpp", "triton")  # all else is plain PyTorch or a library's, which torch sees through
 IMPLEMENTATIONS = ("reference", "cpp", "triton", "xformers", "sdpa")
@@ -35,7 +32,18 @@ TRANSFORMED = "torch.func's transforms and forward-mode AD see through plain PyT
 BUILD_COMMAND = "pip install -e . --no-build-isolation"
 Dtypes = tuple[torch.dtype, ...]
 
-_operators: dict[str, Operator] = {}
+
+class Choices(Protocol):
+    """What a choice is made from: an `Operator`, as `_operator` says."""
+
+    name: str
+    dtypes: Mapping[str, Dtypes]
+    limits: Mapping[str, tuple[str, Callable[..., bool]]]
+
+    def has(self, name: str) -> bool: ...
+
+
+_operators: dict[str, Choices] = {}
 _forced: list[str] = []
 
 
@@ -56,13 +64,13 @@ def use_impl(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def enter(operator: Operator) -> None:
+def enter(operator: Choices) -> None:
     """Make an operator known to the functions below."""
     _operators[operator.name] = operator
 
 
 def choose(
-    operator: Operator,
+    operator: Choices,
     device: str,
     dtype: torch.dtype | None,
     unfit: tuple[str, ...] = (),
@@ -91,7 +99,7 @@ def choose(
 
 
 def _problem(
-    operator: Operator, name: str, device: str, dtype: torch.dtype | None, unfit: tuple[str, ...]
+    operator: Choices, name: str, device: str, dtype: torch.dtype | None, unfit: tuple[str, ...]
 ) -> str | None:
     """What keeps implementation `name` from running on `device`, if anything does."""
     if not operator.has(name):
@@ -128,7 +136,7 @@ def _choice(
     return implementation, None
 
 
-def kernels_for(operator: Operator, device: str, dtype: torch.dtype) -> str:
+def kernels_for(operator: Choices, device: str, dtype: torch.dtype) -> str:
     """The kernels that the registered operator runs: those that are forced, or the device's.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mvd_kernels._triton import autotune, launch, tl, triton
+from mvd_kernels._triton import autotune, cdiv, launch, tl, triton
 
 _ROWS_PER_SUM = 128
 
@@ -47,7 +47,7 @@ def sum_rows(rows: Tensor) -> Tensor:
     total = rows.new_zeros(width, dtype=torch.float32)
     if not rows.numel():
         return total
-    parts = triton.cdiv(count, _ROWS_PER_SUM)
+    parts = cdiv(count, _ROWS_PER_SUM)
     partial = total.new_empty(batch, parts, width)
     stages = (
         (rows, partial, parts, count, _ROWS_PER_SUM),
@@ -57,10 +57,10 @@ def sum_rows(rows: Tensor) -> Tensor:
         programs = len(source) * parts
         launch(
             _sum_rows_kernel,
-            lambda meta, programs=programs: (programs, triton.cdiv(width, meta["BLOCK"])),
+            lambda meta, programs=programs: (programs, cdiv(width, meta["BLOCK"])),
             *(source, target, source.stride(0), source.stride(1), length, width, per_part, parts),
             flops=source.numel(),
-            bytes=source.numel() * source.element_size() + target.nbytes,  # a part of what `rows` views
+            moves=(source, target),
             STEP=16,
         )
     return total
@@ -103,10 +103,10 @@ def sum_rows_by_token(rows: Tensor, index: Tensor, clips: int, tokens: int) -> T
         order, bounds = rows_of_tokens(index, clips, tokens)
         launch(
             _sum_by_token_kernel,
-            lambda meta: (clips * tokens, triton.cdiv(width, meta["BLOCK"])),
+            lambda meta: (clips * tokens, cdiv(width, meta["BLOCK"])),
             *(rows, order, bounds, sums),
             *(rows.stride(0), rows.stride(1), rows.shape[1], width),
             flops=rows.numel(),
-            bytes=rows.numel() * rows.element_size() + sums.nbytes + order.nbytes + bounds.nbytes,
+            moves=(rows, sums, order, bounds),
         )
     return sums

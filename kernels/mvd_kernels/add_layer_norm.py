@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mvd_kernels._checks import FLOAT, OPTIONAL, Checks
 from mvd_kernels._dispatch import autocast_dtype
 from mvd_kernels._operator import Operator
-from mvd_kernels._triton import launch, tl, triton
+from mvd_kernels._triton import cdiv, launch, power_of_2, tl, triton
 
 _HALVES = (torch.float16, torch.bfloat16)
 _CHECKS = Checks(
@@ -215,17 +215,12 @@ _SUM_TILE = {"ROWS": 64, "COLUMNS": 16}
 
 def _row_options(width: int, entries: int) -> dict[str, int]:
     """A block holds a row, a thread so few of its entries that all arrays of the kernel stay in registers."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     return {"BLOCK": block, "num_warps": min(max(block // (32 * entries), 1), 16)}
 
 
 def _rows_per_sample(x: Tensor, scale: Tensor | None) -> int:
     return max(x.numel() // x.shape[-1] // max(scale.shape[0], 1), 1) if scale is not None else 1
-
-
-def _size(*tensors: Tensor | None) -> int:
-    """Bytes of all tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def _launch(x, branch, weight, bias, eps, scale):
@@ -251,7 +246,7 @@ def _launch(x, branch, weight, bias, eps, scale):
             _rows_per_sample(x, scale),
             eps,
             flops=8 * x.numel(),
-            bytes=_size(x, branch, scale, weight, bias, *outputs),
+            moves=(x, branch, scale, weight, bias, *outputs),
             HAS_BRANCH=branch is not None,
             HAS_SCALE=scale is not None,
             **_row_options(width, 16),
@@ -268,8 +263,8 @@ def _launch_backward(grad_sum, grad_normed, total, weight, bias, mean, rstd, sca
     rows, width = mean.numel(), total.shape[-1]
     if not rows:
         return grad_x, grad_branch, grad_weight.zero_(), grad_bias.zero_()
-    rows_per_program = max(triton.cdiv(rows, _MOST_PROGRAMS), _LEAST_ROWS)
-    programs = triton.cdiv(rows, rows_per_program)
+    rows_per_program = max(cdiv(rows, _MOST_PROGRAMS), _LEAST_ROWS)
+    programs = cdiv(rows, rows_per_program)
     partial = mean.new_empty(2, programs, width) if need_affine else mean
     launch(
         _backward_kernel,
@@ -289,7 +284,7 @@ def _launch_backward(grad_sum, grad_normed, total, weight, bias, mean, rstd, sca
         _rows_per_sample(total, scale),
         rows_per_program,
         flops=14 * total.numel(),
-        bytes=_size(grad_sum, grad_normed, total, scale, weight, mean, rstd, grad_x, grad_branch, partial),
+        moves=(grad_sum, grad_normed, total, scale, weight, mean, rstd, grad_x, grad_branch, partial),
         HAS_GRAD_SUM=grad_sum is not None,
         HAS_SCALE=scale is not None,
         NEED_X=need_x,
@@ -298,8 +293,8 @@ def _launch_backward(grad_sum, grad_normed, total, weight, bias, mean, rstd, sca
         **_row_options(width, 8),
     )
     if need_affine:
-        work = {"flops": partial.numel(), "bytes": _size(partial, grad_weight, grad_bias)}
-        grid = (triton.cdiv(width, _SUM_TILE["COLUMNS"]),)
+        work = {"flops": partial.numel(), "moves": (partial, grad_weight, grad_bias)}
+        grid = (cdiv(width, _SUM_TILE["COLUMNS"]),)
         launch(_sum_columns_kernel, grid, partial, grad_weight, grad_bias, programs, width, **work, **_SUM_TILE)
     return outputs
 

@@ -19,7 +19,7 @@ from mvd_kernels._checks import FLOAT, INDEX, OPTIONAL, Checks, describe
 from mvd_kernels._dispatch import autocast_dtype
 from mvd_kernels._operator import Operator
 from mvd_kernels._token_rows import rows_of_tokens, sum_rows, sum_rows_by_token
-from mvd_kernels._triton import autotune, interpreting, launch, tl, triton
+from mvd_kernels._triton import autotune, cdiv, interpreting, launch, power_of_2, tl, triton
 
 _WEIGHT = Checks(weight=(FLOAT, "D 3 t p p"))
 _CHECKS = Checks(
@@ -312,7 +312,7 @@ def _scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[float
 
 
 def _block(values: int) -> int:
-    return min(1024, triton.next_power_of_2(values))
+    return min(1024, power_of_2(values))
 
 
 def _launch(video, weight, bias, pos, visible_index, mean, std):
@@ -324,16 +324,15 @@ def _launch(video, weight, bias, pos, visible_index, mean, std):
     if not out.numel():
         return out
     count, values = index.numel(), weight[0].numel()
-    at_visible = 0 if pos is None else count * columns * pos.element_size()
     launch(
         _embed_kernel,
-        lambda meta: (triton.cdiv(count, meta["BLOCK_R"]), triton.cdiv(columns, meta["BLOCK_C"])),
+        lambda meta: (cdiv(count, meta["BLOCK_R"]), cdiv(columns, meta["BLOCK_C"])),
         *(clip, weight, bias if bias is not None else out, pos if pos is not None else out, index, out),
         *(count, index.shape[1], columns, frames * height * width, height, width, *clip.stride()),
         columns * pos.shape[1] if pos is not None and pos.shape[0] > 1 else 0,
         *_scale_and_shift(mean, std),
         flops=2 * count * values * columns,
-        bytes=count * values * video.element_size() + weight.nbytes + out.nbytes + at_visible,
+        moves=(count * values * video.element_size(), weight, out, out if pos is not None else None),
         SLICES=t,
         SIDE=p,
         BYTES=not video.is_floating_point(),
@@ -351,11 +350,11 @@ def _launch_gather(video: Tensor, weight: Tensor, index: Tensor, mean: Sequence[
     block = _block(tubes.shape[1])
     launch(
         _gather_kernel,
-        (tubes.shape[0], triton.cdiv(tubes.shape[1], block)),
+        (tubes.shape[0], cdiv(tubes.shape[1], block)),
         *(clip, index, tubes, index.shape[1], frames * height * width, height, width, *clip.stride()),
         *_scale_and_shift(mean, std),
         flops=2 * tubes.numel(),
-        bytes=tubes.numel() * (video.element_size() + tubes.element_size()),
+        moves=(tubes.numel() * video.element_size(), tubes),
         SLICES=t,
         SIDE=p,
         BYTES=not video.is_floating_point(),
@@ -370,10 +369,10 @@ def _launch_video_gradient(tubes: Tensor, video: Tensor, weight: Tensor, index: 
     out = torch.empty_like(video, memory_format=torch.contiguous_format)
     launch(
         _video_gradient_kernel,
-        (len(video) * tokens, triton.cdiv(tubes.shape[1], block)),
+        (len(video) * tokens, cdiv(tubes.shape[1], block)),
         *(tubes, *rows_of_tokens(index, len(video), tokens), out, tokens, height, width, *out.stride()),
         flops=0,
-        bytes=tubes.numel() * tubes.element_size() + out.numel() * out.element_size(),
+        moves=(tubes, out),
         SLICES=t,
         SIDE=p,
         BLOCK=block,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mvd_kernels._checks import FLOAT, OPTIONAL, Checks, describe
 from mvd_kernels._dispatch import autocast_dtype, extension
 from mvd_kernels._operator import Operator, has_tangent
-from mvd_kernels._triton import autotune, interpreting, launch, tl, triton
+from mvd_kernels._triton import autotune, cdiv, interpreting, launch, power_of_2, tl, triton
 
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}  # what the largest entry of a row becomes
@@ -203,18 +203,18 @@ def _launch(x, values, scale, packed, bias, gelu):
         (rows,),
         *(inputs, narrow, row_scale, depth, SMALLEST),
         flops=4 * inputs.numel(),
-        bytes=inputs.numel() * (x.element_size() + 1),
+        moves=(inputs, narrow),
         LARGEST=LARGEST[values.dtype],
         INTERPRETED=interpreting(),
-        BLOCK=triton.next_power_of_2(depth),
+        BLOCK=power_of_2(depth),
     )
     launch(
         _multiply_kernel,
-        (triton.cdiv(rows, _TILE["BLOCK_M"]), triton.cdiv(width, _TILE["BLOCK_N"])),
+        (cdiv(rows, _TILE["BLOCK_M"]), cdiv(width, _TILE["BLOCK_N"])),
         *(narrow, row_scale, weight, scale.contiguous(), scale if bias is None else bias.contiguous(), out),
         *(rows, width, depth),
         flops=2 * rows * width * depth,
-        bytes=narrow.numel() + weight.numel() + out.numel() * out.element_size(),
+        moves=(narrow, weight, out),
         HAS_BIAS=bias is not None,
         GELU=gelu,
         INTEGERS=values.dtype == torch.int8,

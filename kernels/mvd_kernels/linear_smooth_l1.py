@@ -15,7 +15,7 @@ from torch import Tensor
 from mvd_kernels._checks import FLOAT, INDEX, OPTIONAL, Checks, describe
 from mvd_kernels._dispatch import autocast_dtype
 from mvd_kernels._operator import Operator
-from mvd_kernels._triton import autotune, interpreting, launch, tl, triton
+from mvd_kernels._triton import autotune, cdiv, interpreting, launch, power_of_2, tl, triton
 
 TARGET_EPS = 1e-6
 _CHECKS = Checks(
@@ -185,7 +185,7 @@ _TILE = {"BLOCK_M": 64, "BLOCK_N": 128}
 def _launch(x, weight, bias, target, index, beta, normalize, need_x, need_weight, need_bias):
     inputs, weight, target = x.flatten(0, 1).contiguous(), weight.contiguous(), target.contiguous()
     (rows, depth), width, (_, per_clip, _) = inputs.shape, weight.shape[0], x.shape
-    grid = (triton.cdiv(rows, _TILE["BLOCK_M"]), triton.cdiv(width, _TILE["BLOCK_N"]))
+    grid = (cdiv(rows, _TILE["BLOCK_M"]), cdiv(width, _TILE["BLOCK_N"]))
     losses = x.new_zeros(grid, dtype=torch.float32)
     sums = x.new_zeros(grid[0] if need_bias else 0, width, dtype=torch.float32)
     need_gradient = need_x or need_weight
@@ -194,7 +194,7 @@ def _launch(x, weight, bias, target, index, beta, normalize, need_x, need_weight
         absent, index = losses, index if index is None else index.contiguous()
         mean = rstd = absent
         place = (per_clip, target.shape[1])
-        target_bytes = rows * width * target.element_size()
+        of_target = rows * width * target.element_size()
         if normalize:
             mean, rstd = x.new_empty(2, rows, dtype=torch.float32)
             launch(
@@ -202,9 +202,9 @@ def _launch(x, weight, bias, target, index, beta, normalize, need_x, need_weight
                 (rows,),
                 *(target, absent if index is None else index, mean, rstd, *place, width, TARGET_EPS),
                 flops=6 * rows * width,
-                bytes=target_bytes,
+                moves=(of_target,),
                 HAS_INDEX=index is not None,
-                BLOCK=triton.next_power_of_2(width),
+                BLOCK=power_of_2(width),
             )
         launch(
             _loss_kernel,
@@ -213,7 +213,7 @@ def _launch(x, weight, bias, target, index, beta, normalize, need_x, need_weight
             *(absent if index is None else index, mean, rstd, gradient if need_gradient else absent, losses),
             *(sums if need_bias else absent, rows, width, depth, *place, float(beta)),
             flops=2 * rows * width * depth,
-            bytes=inputs.nbytes + weight.nbytes + gradient.nbytes + target_bytes,
+            moves=(inputs, weight, gradient, of_target),
             HAS_BIAS=bias is not None,
             HAS_INDEX=index is not None,
             NORMALIZE=normalize,

@@ -17,7 +17,7 @@ from mvd_kernels._checks import FLOAT, INDEX, OPTIONAL, Checks
 from mvd_kernels._dispatch import autocast_dtype
 from mvd_kernels._operator import Operator
 from mvd_kernels._token_rows import sum_rows, sum_rows_by_token
-from mvd_kernels._triton import autotune, launch, tl, triton
+from mvd_kernels._triton import autotune, cdiv, launch, tl, triton
 
 _ROWS = {
     "x": (FLOAT, "B Nv E"),
@@ -164,13 +164,13 @@ def _launch(x, weights, biases, mask_tokens, pos, visible_index, masked_index):
         launch(
             _write_rows_kernel,
             lambda meta, rows=rows, width=width: (
-                triton.cdiv(rows, meta["BLOCK_R"]),
-                triton.cdiv(width, meta["BLOCK_C"]),
+                cdiv(rows, meta["BLOCK_R"]),
+                cdiv(width, meta["BLOCK_C"]),
             ),
             *(product, biases[i].contiguous() if biases else out, mask_tokens[i].contiguous(), table),
             *(visible, masked, out, rows, seen, unseen, width, table.shape[1]),
             flops=2 * out.numel(),
-            bytes=product.nbytes + out.nbytes + table.nbytes + visible.nbytes + masked.nbytes,
+            moves=(product, out, table, visible, masked),
             BIAS=bool(biases),
         )
     return outputs

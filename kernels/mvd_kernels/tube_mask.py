@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mvd_kernels._checks import INDEX, Checks
 from mvd_kernels._operator import Operator
-from mvd_kernels._triton import launch, tl, triton
+from mvd_kernels._triton import launch, power_of_2, tl, triton
 
 _CHECKS = Checks(samples=(INDEX, "B"))
 _WORD = 0xFFFFFFFF
@@ -136,11 +136,10 @@ def _tube_mask_kernel(
 def _launch(seed, epoch, samples, slices, positions, masked):
     outputs = _outputs(seed, epoch, samples, slices, positions, masked)
     if samples.numel():
-        block = triton.next_power_of_2(positions)
+        block = power_of_2(positions)
         sizes = {"SLICES": slices, "POSITIONS": positions, "MASKED": masked, "BLOCK": block, "STEP": _KEYS_PER_STEP}
-        written = sum(part.numel() * part.element_size() for part in outputs)
         arguments = (samples.contiguous(), *outputs, seed, epoch)
-        launch(_tube_mask_kernel, (samples.numel(),), *arguments, flops=0, bytes=written, **sizes)
+        launch(_tube_mask_kernel, (samples.numel(),), *arguments, flops=0, moves=outputs, **sizes)
     return outputs
 
 

@@ -25,7 +25,7 @@ def _spilling_kernel(x_ptr, BLOCK: tl.constexpr):
 
 def offline_cases():
     x = torch.empty(32 * 1024, device="meta")
-    yield "case", partial(launch, _spilling_kernel, (1,), x, flops=0, bytes=0, BLOCK=len(x), num_warps=1)
+    yield "case", partial(launch, _spilling_kernel, (1,), x, flops=0, moves=(), BLOCK=len(x), num_warps=1)
 
 
 if __name__ == "__main__":
