@@ -28,7 +28,7 @@ help:
 setup: $(STAMP)
 
 # Torch and DALI come first, as the native build and DeepSpeed's own set-up use what is installed (hence no isolation).
-$(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE)
+$(STAMP): setup.py kernels/native.py pyproject.toml constraints.txt $(NATIVE)
 	@command -v $${CXX:-g++} > /dev/null || { echo "mvd-fast needs a C++ compiler: install g++ (Debian: apt install g++)"; exit 1; }
 	$(call step,create .venv,$(create_venv))
 	$(call step,install build tools and torch,$(PIP) setuptools wheel ninja pybind11 torch)
@@ -60,7 +60,7 @@ lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	@rm -rf build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache $(STAMP)
+	@rm -rf build dist *.egg-info kernels/build kernels/dist kernels/*.egg-info .pytest_cache .ruff_cache $(STAMP)
 	@rm -f kernels/mvd_kernels/*.so mvd_fast/data/*.so
 	@find mvd_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,7 +1,7 @@
 """Packages and native build of mvd-fast; everything else stands in pyproject.toml.
 
 Builds with g++ and ninja, for any x86-64 processor (operators choose instruction sets at run time):
-* mvd_kernels._C              csrc/*.cpp      operators for the CPU
+* mvd_kernels._C              csrc/*.cpp      operators for the CPU (kernels/native.py)
 * mvd_fast.data._dali_plugin  csrc/dali/*.cc  operators inside DALI pipelines; also for the GPU where nvcc is found
 
 MVD_FAST_NO_NATIVE=1 leaves both out; the operators then run as plain PyTorch, and there is no training.
@@ -19,6 +19,9 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+import native
+
 CSRC = Path("csrc")
 CUDA_MAJOR = 13  # of the DALI wheel
 CUDA_HEADERS = {  # wheel: a header that DALI's headers need from it
@@ -31,19 +34,18 @@ SKIP_HINT = "or set MVD_FAST_NO_NATIVE=1 to install the operators as plain PyTor
 
 
 def main() -> None:
-    native = {} if os.environ.get("MVD_FAST_NO_NATIVE") == "1" else native_build()
+    extensions = {} if os.environ.get("MVD_FAST_NO_NATIVE") == "1" else native_build()
     setup(
         packages=[
             *find_packages(include=["mvd_fast", "mvd_fast.*"]),
+            *find_packages("kernels", include=["mvd_kernels", "mvd_kernels.*"]),
             "mvd_fast.configs",
-            "mvd_kernels",
-            "mvd_kernels.patch",
         ],
         # A top-level package called `kernels` would shadow the one of that name on PyPI.
         package_dir={"mvd_kernels": "kernels/mvd_kernels", "mvd_fast.configs": "configs"},
         package_data={"mvd_fast": ["**/*.html", "**/*.css", "**/*.js"], "mvd_fast.configs": ["**/*.json"]},
         zip_safe=False,
-        **native,
+        **extensions,
     )
 
 
@@ -59,30 +61,15 @@ def native_build() -> dict:
         )
     if not shutil.which(os.environ.get("CXX", "g++")):
         sys.exit(f"mvd-fast's native build needs a C++ compiler: install g++ (or point CXX to one), {SKIP_HINT}")
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-
     emulate = os.environ.get("MVD_EMULATE_AVX512") == "1"
 
-    class NativeBuild(BuildExtension):
+    class NativeBuild(native.build_command("mvd-fast", SKIP_HINT)):
         def build_extensions(self) -> None:
-            try:
-                if not emulate:
-                    add_gpu_operators(self.extensions[-1], Path(self.build_temp))
-                super().build_extensions()
-            except Exception as error:
-                sys.exit(
-                    f"mvd-fast's native build failed ({error}); the compiler's message is above. Fix it, {SKIP_HINT}"
-                )
+            if not emulate:
+                add_gpu_operators(self.extensions[-1], Path(self.build_temp))
+            super().build_extensions()
 
-    emulation = ["-DMVD_EMULATE_AVX512", "-mavx2", "-mfma"] if emulate else []
-    kernels = CppExtension(
-        "mvd_kernels._C",
-        sorted(str(file) for file in CSRC.glob("*.cpp")),
-        depends=sorted(str(file) for file in CSRC.glob("*.h")),
-        extra_compile_args=["-O3", "-g0", "-fopenmp", *emulation],
-        extra_link_args=["-fopenmp", "-s"],
-    )
-    extensions = [kernels] if emulate else [kernels, dali_plugin()]
+    extensions = [native.operators(CSRC)] + ([] if emulate else [dali_plugin()])
     return {"ext_modules": extensions, "cmdclass": {"build_ext": NativeBuild}}
 
 

@@ -11,4 +11,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isa_name", &mvd::isa_name, "The instruction set in use: the widest, or MVD_KERNELS_ISA.");
   m.def("set_isa", &mvd::set_isa, "Use another of isa_names(); not while an operator runs.");
   m.attr("compiler") = __VERSION__;
+  m.attr("torch_version") = MVD_TORCH_VERSION;  // of the build, whose ABI it has
 }

@@ -57,6 +57,11 @@ def versions() -> Iterator[Row]:
             yield package, importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             yield package, "not installed"
+    try:  # the same files twice, of which uninstalling either removes one
+        version = importlib.metadata.version("mvd-kernels")
+        yield "mvd-kernels", version, "mvd-fast contains it: `pip uninstall mvd-kernels`, then install mvd-fast again"
+    except importlib.metadata.PackageNotFoundError:
+        pass
 
 
 def devices() -> Iterator[Row]:

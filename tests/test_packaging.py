@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import ast
+import email
 import graphlib
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from packaging.requirements import Requirement
 
 import mvd_fast
 import mvd_kernels
 from mvd_fast import doctor
+from mvd_kernels import _dispatch
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"mvd_fast": ROOT / "mvd_fast", "mvd_kernels": ROOT / "kernels" / "mvd_kernels"}
@@ -207,7 +213,7 @@ def test_nothing_shadows_other_modules():
     installed = {
         name
         for name, distributions in importlib.metadata.packages_distributions().items()
-        if set(distributions) != {"mvd-fast"}
+        if not set(distributions) <= {"mvd-fast", "mvd-kernels"}
     }
     assert "torch" in installed
     assert not names & set(sys.stdlib_module_names)
@@ -256,6 +262,85 @@ def test_wheel_holds_the_recipes(wheel_names):
     assert recipes <= set(wheel_names)
 
 
+# ---- the distribution of the kernels alone ----
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """What the distribution mvd-kernels is built from: kernels/ and what it links to."""
+    copy = tmp_path_factory.mktemp("checkout")
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "build", "dist", "*.egg-info")
+    for name in ("kernels", "csrc"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
+    shutil.copy(ROOT / "LICENSE", copy)
+    return copy
+
+
+def in_kernels(checkout: Path, script: str, **environment: str) -> str:
+    """What a script prints that runs as pip runs the build backend of kernels/."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); import backend, native; {script}"],
+        cwd=checkout / "kernels",
+        env=os.environ | environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return result.stdout
+
+
+def test_kernels_alone_need_torch_alone(checkout):
+    """Of the same versions as mvd-fast; without a compiler the wheel is for any machine."""
+    output = in_kernels(checkout, "backend.build_wheel('dist')", CXX="no-such-compiler")
+    assert "there is no no-such-compiler, so its operators will run as plain PyTorch" in output
+    with zipfile.ZipFile(checkout / f"kernels/dist/mvd_kernels-{mvd_kernels.__version__}-py3-none-any.whl") as archive:
+        names = set(archive.namelist())
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+    folder = PACKAGES["mvd_kernels"]
+    assert {f"mvd_kernels/{file.relative_to(folder)}" for file in folder.rglob("*.py")} <= names
+    assert {name.split("/")[0] for name in names} == {
+        "mvd_kernels",
+        f"mvd_kernels-{mvd_kernels.__version__}.dist-info",
+    }
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    root = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    fields = email.message_from_string(metadata)
+    (torch,) = (Requirement(one) for one in root["dependencies"] if Requirement(one).name == "torch")
+    assert [Requirement(one) for one in fields.get_all("Requires-Dist")] == [torch]
+    assert fields["Requires-Python"] == root["requires-python"]
+    assert fields["License-Expression"] == root["license"]
+
+
+def test_source_distribution_of_the_kernels_carries_the_sources(checkout):
+    in_kernels(checkout, "backend.build_sdist('dist')")
+    top = f"mvd_kernels-{mvd_kernels.__version__}"
+    with tarfile.open(checkout / f"kernels/dist/{top}.tar.gz") as archive:
+        files = {member.name.removeprefix(f"{top}/") for member in archive if member.isreg()}
+        assert not any(member.issym() for member in archive)
+    sources = {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir() if file.suffix in (".cpp", ".h")}
+    assert sources <= files and not any("dali" in name or name.endswith(".so") for name in files)
+    assert {"LICENSE", "README.md", "setup.py", "backend.py", "native.py", "pyproject.toml"} <= files
+
+
+def test_build_of_the_kernels_asks_for_torch_only_where_there_is_none(checkout):
+    """pip hides the environment's packages from an isolated build; torch is looked up there all the same."""
+    ask = "print(backend.get_requires_for_build_wheel())"
+    hide = "sys.path = [one for one in sys.path if 'site-packages' not in one]; "
+    hide += "import importlib.util as u; assert u.find_spec('torch') is None; "
+    assert in_kernels(checkout, hide + ask, CXX=sys.executable).split() == ["[]"]
+    nowhere = "native.sysconfig.get_path = lambda name: '/nowhere'; "
+    assert "torch" in in_kernels(checkout, hide + nowhere + ask, CXX=sys.executable)
+    assert in_kernels(checkout, hide + nowhere + ask, CXX="no-such-compiler").split() == ["[]"]
+    assert in_kernels(checkout, hide + nowhere + ask, CXX=sys.executable, MVD_FAST_NO_NATIVE="1").split() == ["[]"]
+
+
+def test_operators_built_for_another_torch_are_not_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mvd_kernels._C", SimpleNamespace(torch_version="2.1.0+cpu"))
+    module, reason = _dispatch.extension.__wrapped__()
+    assert module is None
+    assert reason.startswith(f"the C++ extension is built for torch 2.1.0+cpu, and this is {torch.__version__} (")
+
+
 def test_native_code_is_built():
     assert mvd_kernels.implementation("tube_mask", "cpu")[0] == "cpp"
 
@@ -300,3 +385,8 @@ def test_doctor_survives_what_is_missing(monkeypatch, columns):
     assert "no g++" in text
     assert "OSError" in text
     assert "cannot open shared object file" in text
+
+
+def test_doctor_says_that_both_distributions_are_installed(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.0")
+    assert "mvd-fast contains it: `pip uninstall mvd-kernels`" in " ".join(doctor.report().split())

@@ -29,7 +29,10 @@ IMPLEMENTATIONS = ("reference", "cpp", "triton", "xformers", "sdpa")
 # The first that an operator has and that can run is taken; after the last comes the reference.
 PREFERENCE = {"cpu": ("cpp", "sdpa"), "cuda": ("triton", "xformers", "sdpa")}
 TRANSFORMED = "torch.func's transforms and forward-mode AD see through plain PyTorch only"
-BUILD_COMMAND = "pip install -e . --no-build-isolation"
+BUILDING = (
+    "with g++ there, `pip install -e . --no-build-isolation` in a checkout of mvd-fast builds it, "
+    "or, where mvd-kernels is installed alone, installing it again does"
+)
 Dtypes = tuple[torch.dtype, ...]
 
 
@@ -176,12 +179,15 @@ def implementation(op: str, device: torch.device | str, dtype: torch.dtype | Non
 def extension() -> tuple[ModuleType | None, str | None]:
     """The C++ extension, or None and the reason why it is not there."""
     try:
-        return importlib.import_module("mvd_kernels._C"), None
+        module = importlib.import_module("mvd_kernels._C")
     except ModuleNotFoundError:
-        return None, f"the C++ extension is not built (`{BUILD_COMMAND}` in the checkout builds it)"
+        return None, f"the C++ extension is not built ({BUILDING})"
     except ImportError as error:
-        reason = str(error).splitlines()[0]
-        return None, f"the C++ extension does not load ({reason}); build it again with `{BUILD_COMMAND}`"
+        return None, f"the C++ extension does not load: {str(error).splitlines()[0]} ({BUILDING})"
+    built = getattr(module, "torch_version", torch.__version__)
+    if built.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return None, f"the C++ extension is built for torch {built}, and this is {torch.__version__} ({BUILDING})"
+    return module, None
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
