@@ -222,6 +222,7 @@ def test_a_run_keeps_the_names_of_its_classes(videos: Path, tmp_path: Path) -> N
     config = tiny_runs.write_config(tmp_path / "c.json", content)
     status, output = finetune(config)
     assert status == 0, output
+    assert "  classes   4, ant to dog\n" in output
     assert (data / "classes.txt").read_text().endswith("\nant\nbee\ncat\ndog\n")
     checkpoint = sorted((run_dir / "checkpoints").iterdir())[-1]
     for file in (run_dir / "model.safetensors", run_dir / "best.safetensors", checkpoint / "model.safetensors"):

@@ -282,7 +282,7 @@ def test_the_lines_of_a_recipe_fit_a_terminal(monkeypatch: pytest.MonkeyPatch) -
         run = types.SimpleNamespace(
             config=load_config(recipe), place=place, device=torch.device("cpu"),
             micro_batch_size=16, grad_accum_steps=1, loader=loader, objective=objective,
-            steps_per_epoch=234, total_steps=93_600, trained_parameters=94_400_000,
+            steps_per_epoch=234, total_steps=93_600, trained_parameters=94_400_000, class_names=("abseiling", "zumba"),
         )  # fmt: skip
         lines = messages.outline(run, messages.start_of(run.config, None, 0, 234))
         assert max(map(len, lines)) <= 80, lines

@@ -126,7 +126,7 @@ class Validation:
         trained = class_names(data.train, data.root, media.VIDEO_EXTENSIONS)
         found = found.numbered_as(trained, data.train, "put a classes.txt beside it, one name a line")
         found.require_below(config.model.num_classes)
-        if found.note and launch.rank() == 0:
+        if found.note and launch.placement().rank == 0:
             log.warning("evaluation.list: %s", found.note)
         self.entries = found.entries
         self.clips = Preprocessing(

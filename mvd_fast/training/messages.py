@@ -12,6 +12,7 @@ from mvd_fast.config import RunConfig
 from mvd_fast.config_checks import SIZE_OF_WIDTH
 from mvd_fast.files import BEST, CONFIG, SUMMARY, WEIGHTS
 from mvd_fast.machine import cpu_name
+from mvd_fast.names import printable
 
 from .progress import time_left
 
@@ -41,12 +42,13 @@ def opening(config: RunConfig, ranks: int) -> str:
 
 def outline(run: Prepared, start: str) -> list[str]:
     """What is about to be trained, on what, for how long. start: where from."""
-    config, ranks = run.config, run.place.world_size
+    config, ranks, names = run.config, run.place.world_size, run.class_names
     what = "images" if config.data.kind == "image" else "videos"
     masks = f", {config.data.masks_per_clip} masks each" if config.data.masks_per_clip > 1 else ""
     parts = f"micro batch {run.micro_batch_size} x accumulation {run.grad_accum_steps} x {_ranks(ranks)}"
     rows = {
         "data": f"{len(run.loader.paths):,} {what} of {config.data.train}{masks}",
+        "classes": f"{len(names)}, {printable(names[0])} to {printable(names[-1])}" if names else "",
         "ranks": f"{ranks} on {device_name(run.device)}; {config.precision}, ZeRO {config.zero_stage}",
         "network": f"{config.model.kind}, {run.trained_parameters / 1e6:.3g} M parameters trained",
         "teachers": ", ".join(_teachers(config)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from . import checkpoint, launch
 log = logging.getLogger(__name__)
 
 
-def find_start(config: RunConfig, resume: str) -> Path | None:
+def find_start(config: RunConfig, resume: str, class_names: Sequence[str] = ()) -> Path | None:
     """The checkpoint to go on from, None for a fresh start (collective); see `checkpoint.find_start`.
+
+    class_names: of the data, which must be those of the checkpoint.
 
     Rank 0 verifies and warns; the others follow it, also in refusing.
     """
@@ -27,6 +30,7 @@ def find_start(config: RunConfig, resume: str) -> Path | None:
         try:
             found = checkpoint.find_start(config.output_dir, resume)
             if found:
+                checkpoint.require_classes(found, class_names)
                 warn_of_changes(config)
             else:  # a run cannot change its stage later
                 warn_of_zero_alone(config, launch.world_size())

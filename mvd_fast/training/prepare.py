@@ -38,6 +38,11 @@ class Prepared:
         return self.config.optim.epochs * self.steps_per_epoch
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of labelled data, by label; empty where nothing names them."""
+        return getattr(self.loader.spec.kind, "class_names", ())
+
+    @property
     def trained_parameters(self) -> int:
         return sum(p.numel() for p in self.objective.model.parameters() if p.requires_grad)
 

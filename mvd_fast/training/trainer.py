@@ -50,10 +50,8 @@ class Trainer:
         self.run_dir = Path(config.output_dir)
         self.device, self.loader, self.objective = prepared.device, prepared.loader, prepared.objective
         self.micro_batch_size, self.grad_accum_steps = prepared.micro_batch_size, prepared.grad_accum_steps
-        start = preflight.find_start(config, resume)
-        self.class_names: tuple[str, ...] = getattr(self.loader.spec.kind, "class_names", ())
-        if start:
-            checkpoint.require_classes(start, self.class_names)
+        self.class_names = prepared.class_names
+        start = preflight.find_start(config, resume, self.class_names)
         self.steps_per_epoch, self.total_steps = prepared.steps_per_epoch, prepared.total_steps
         self._build_engine()
         self.ema = ModelEMA(self.engine, config.optim.ema) if config.optim.ema else None
