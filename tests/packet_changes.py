@@ -37,6 +37,18 @@ def at_times(time_of: Callable[[int], int]) -> Change:
     return change
 
 
+def later(seconds: float, from_packet: int = 0) -> Change:
+    """The clock jumps by so much, at a packet."""
+
+    def change(packets: list[av.Packet]) -> list[av.Packet]:
+        for packet in packets[from_packet:]:
+            packet.pts += round(seconds / packet.time_base)
+            packet.dts += round(seconds / packet.time_base)
+        return packets
+
+    return change
+
+
 def copied(packet: av.Packet, content: bytes, frames_later: int = 0) -> av.Packet:
     """Another content at another time."""
     new = av.Packet(content)
@@ -145,6 +157,17 @@ def with_units(change_units: Callable[[int, list[bytes]], list[bytes]]) -> Chang
             units = change_units(number, nal_units(bytes(packet)))
             changed.append(copied(packet, b"".join(len(unit).to_bytes(4, "big") + unit for unit in units)))
         return changed
+
+    return change
+
+
+def ended_before(kind: int, end: bytes) -> Change:
+    """HEVC: the unit `end` before every packet but the first that has a unit of this kind."""
+
+    def change(packets: list[av.Packet]) -> list[av.Packet]:
+        kinds = [{unit[0] >> 1 for unit in nal_units(bytes(packet))} for packet in packets] + [set()]
+        ended = with_units(lambda number, units: [*units, end] if kind in kinds[number + 1] else units)
+        return list(ended(packets))
 
     return change
 

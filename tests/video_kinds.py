@@ -37,9 +37,11 @@ from numbered_videos import (
 from packet_changes import (
     Change,
     at_times,
+    ended_before,
     hidden,
     in_turn,
     key_flags,
+    later,
     merged,
     packed,
     shown_again,
@@ -179,6 +181,7 @@ LAST_16 = range(24, FRAMES)
 HIDDEN = (5, 6, 17, 39)
 WITHOUT_HIDDEN = [number for number in range(FRAMES) if number not in HIDDEN]
 WITHOUT_LEADING = [number for number in range(FRAMES) if number not in (9, 10, 11, 21, 22, 23, 33, 34, 35)]
+ENDED = [*range(7), *range(12, 19), *range(24, 31), *range(36, FRAMES)]  # an end drops what is still to be shown
 DROPPED = [number for number in range(FRAMES) if number not in (10, 11, 22, 23, 34, 35)]
 SHOWN_AGAIN = (3, 4, 12, 20, 36)
 
@@ -234,6 +237,7 @@ H264_VIDEOS = {
     "h264_b.3gp": X264_B,
     "h264_b.ts": coded("libx264", H264_B, sound=True),
     "h264_b.m2ts": coded("libx264", H264_B, container={"mpegts_m2ts_mode": "1"}),
+    "h264_b.wmv": X264_B,
     "h264_b.h264": X264_B,
     "h264_pyramid.mp4": coded("libx264", {"preset": "veryfast", "g": 24, "bf": 7, "x264-params": SCENES}),
     "h264_pyramid.avi": coded("libx264", {"preset": "veryfast", "g": 24, "bf": 7, "x264-params": SCENES}),
@@ -245,6 +249,7 @@ H264_VIDEOS = {
     "h264_long.mp4": coded("libx264", H264_B, frames=LONG),
     "h264_long.ts": coded("libx264", H264_B, frames=LONG),
     "h264_long.flv": coded("libx264", H264_B, frames=LONG),
+    "h264_long.wmv": coded("libx264", H264_B, frames=LONG),
     "h264_long_live.mkv": coded("libx264", H264_B, frames=LONG, container={"live": "1"}),
     "h264_long_wraps.ts": coded("libx264", H264_B, frames=LONG, container={"output_ts_offset": "95439"}),
     "h264_long_joined.ts": joined(X264_LONG, X264_LONG, ending="ts"),
@@ -273,6 +278,8 @@ H264_VIDEOS = {
     "h264_equal_times.mkv": moved(X264, "mp4", at_times(lambda i: i // 2 * 2)),
     "h264_gaps.avi": moved(X264, "avi", at_times(lambda i: 3 * i)),
     "h264_varying_rate.mp4": moved(X264, "mp4", at_times(lambda i: i + 4 * max(0, i - 20))),
+    "h264_clock_jumps.ts": moved(X264_B, "ts", later(100, 20)),
+    "h264_clock_jumps.mkv": moved(X264_B, "mp4", later(100, 20)),
     "h264_end_of_stream.mkv": moved(
         X264_OPEN, "mp4", with_units(lambda number, units: [*units, b"\x0a"] if number in (11, 20) else units)
     ),
@@ -303,9 +310,11 @@ H264_VIDEOS = {
     "h264_fields_apart.mkv": moved(BY_HAND_FIELDS, "h264", timed(range(FRAMES), 1, of_each=2)),
     "h264_fields_apart.avi": moved(BY_HAND_FIELDS, "h264", timed(range(2 * FRAMES))),
     "h264_cut_start.mp4": _cut_by_edits((10, 30), shown=range(10, FRAMES)),
+    "h264_cut_end.mp4": _cut_by_edits((0, 20), shown=range(20)),
     "h264_two_parts.mp4": _cut_by_edits((5, 10), (20, 10), shown=[*range(5, 15), *range(20, 30)]),
     "h264_part_twice.mp4": _cut_by_edits((10, 10), (10, 10), shown=2 * [*range(10, 20)]),
     "h264_parts_swapped.mp4": _cut_by_edits((20, 10), (0, 10), shown=[*range(20, 30), *range(10)]),
+    "h264_after_a_pause.mp4": _cut_by_edits((-3, 10), (0, 20), shown=range(20)),
 }
 
 HEVC_VIDEOS = {
@@ -326,6 +335,7 @@ HEVC_VIDEOS = {
     "hevc_all_called_key.mkv": moved(X265_OPEN, "mp4", key_flags(True)),
     "hevc_broken_links.mkv": moved(X265_OPEN, "mp4", with_units(_as_broken_link), shown=WITHOUT_LEADING),
     "hevc_broken_links.mp4": moved(X265_OPEN, "mp4", with_units(_as_broken_link), shown=WITHOUT_LEADING),
+    "hevc_end_of_stream.mkv": moved(X265_OPEN, "mp4", ended_before(21, b"\x48\x01"), shown=ENDED),
     "hevc_mid_group.ts": moved(X265_OPEN, "ts", without(0, 5), shown=LAST_28),
     "hevc_mid_group.mp4": moved(X265_OPEN, "mp4", without(0, 5), shown=LAST_28),
     "hevc_from_open_group.mkv": moved(X265_OPEN, "mp4", without(0, 12), shown=LAST_16),
@@ -457,6 +467,9 @@ DAMAGED_VIDEOS = {
     "h264_cut_off.flv": edited(X264_B, "flv", lambda data: data[:-200], AS_DECODED),
     "h264_cut_off.avi": edited(X264_B, "avi", lambda data: data[:-1900], AS_DECODED),
     "h264_zeros.mp4": edited(X264_B, "mp4", _zeroed, AS_DECODED),
+    "hevc_lost_packets.mkv": moved(
+        X265_OPEN, "mp4", without(15, 18), shown=[*range(13), 14, 16, *6 * [-1], *range(24, FRAMES)]
+    ),
     "mpeg4_lost_packets.avi": moved(MPEG4_B, "avi", without(15, 18), shown=AS_DECODED),
     "mpeg4_mid_group.avi": moved(MPEG4_B, "avi", without(0, 5), shown=AS_DECODED),
     "mpeg4_cut_off.avi": edited(MPEG4_B, "avi", lambda data: data[:-1800], AS_DECODED),
