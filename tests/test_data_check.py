@@ -42,8 +42,8 @@ def test_every_unusable_file_is_named_with_its_reason(dataset):
     bad = by_name(report.bad)
     assert bad.keys() == words.keys()
     for name, word in words.items():
-        if name == "holes.mkv":
-            assert "frames can be decoded" in bad[name]
+        if name.startswith("holes"):
+            assert "frames can be decoded" in bad[name] or "is damaged" in bad[name]
         else:
             assert word in bad[name]
     assert by_name(read_quarantine(str(listed))) == bad
@@ -53,7 +53,7 @@ def test_every_unusable_file_is_named_with_its_reason(dataset):
 
 def test_without_decoding_only_containers_are_judged(dataset):
     listed, words = dataset
-    assert by_name(quiet(listed).bad).keys() == words.keys() - {"holes.mkv"}
+    assert by_name(quiet(listed).bad).keys() == {name for name in words if not name.startswith("holes")}
 
 
 def test_facts_of_a_video(dataset):

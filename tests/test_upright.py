@@ -296,6 +296,7 @@ CHANGING: dict[str, Callable[[Path], None]] = {
     "mpeg4.avi": lambda path: _packets_joined(path, "mpeg4", {"g": 12}, "yuv420p"),
     "vp9.webm": lambda path: _packets_joined(path, "libvpx-vp9", VP9, "yuv420p"),
     "vp8.webm": lambda path: _packets_joined(path, "libvpx", VP8, "yuv420p"),
+    "mjpeg.avi": lambda path: _packets_joined(path, "mjpeg", {}, "yuvj420p"),
     "vp9_shrinks.webm": lambda path: path.write_bytes((CASES / "vp9_shrinks.webm").read_bytes()),
 }
 

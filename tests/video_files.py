@@ -80,7 +80,7 @@ def write_broken(folder: Path) -> dict[str, str]:
         "cut.webm": (good_webm[: len(good_webm) // 2], "truncated"),
         "cut.mp4": (good_mp4[: len(good_mp4) * 9 // 10], "not a readable video"),
         "holes.mkv": (_zeroed(good_mkv, len(good_mkv) // 6, len(good_mkv) * 5 // 6), "cannot be decoded"),
-        "holes.mp4": (_zeroed(good_mp4, *_payload(good_mp4)), "no frame that can be decoded"),
+        "holes.mp4": (_zeroed(good_mp4, *_payload(good_mp4)), "cannot be decoded"),
     }
     for name, (content, _) in contents.items():
         (folder / name).write_bytes(content)

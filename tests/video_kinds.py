@@ -174,7 +174,10 @@ def _forgetting(frames: int = FRAMES, group: int = 10) -> Iterable[tuple[int, h2
 
 REORDERED = (0, 3, 1, 2, 6, 4, 5, 9, 7, 8)
 DEEP = (0, 4, 2, 1, 3, 8, 6, 5, 7, 9)
+# A depth that the decoder learns too late: it drops a frame.
+TOO_DEEP = (0, 4, 1, 2, 3, 5, 9, 6, 8, 7)
 IN_ORDER_OF_CODING = [group + place for group in range(0, FRAMES, 10) for place in REORDERED]
+IN_TOO_DEEP_ORDER = [group + place for group in range(0, FRAMES, 10) for place in TOO_DEEP]
 PAIRS = [range(first, first + 2) for first in range(0, 2 * FRAMES, 2)]
 LAST_28 = range(12, FRAMES)
 LAST_16 = range(24, FRAMES)
@@ -191,6 +194,7 @@ LONG = numbered(200)
 X264_LONG = coded("libx264", H264_B, frames=LONG[:120])
 X264_OPEN = coded("libx264", H264_OPEN)
 X265_CLOSED = coded("libx265", _hevc("open-gop=0:keyint=12"))
+X265_SHORT = coded("libx265", _hevc("open-gop=0:keyint=4:min-keyint=1"))
 X265_OPEN = coded("libx265", _hevc("open-gop=1:keyint=12"))
 MPEG4_B = coded("mpeg4", {"g": 12, "bf": 2})
 MPEG4_ONE_B = coded("mpeg4", {"g": 12, "bf": 1})
@@ -199,6 +203,7 @@ MJPEG = coded("mjpeg", {}, "yuvj420p")
 LIBVPX = coded("libvpx", VP8)
 LIBVPX_VP9 = coded("libvpx-vp9", VP9)
 BY_HAND = _hand_coded(_in_groups(REORDERED))
+BY_HAND_TOO_DEEP = replace(_hand_coded(_in_groups(TOO_DEEP)), shown=[n for n in range(FRAMES) if n != 7])
 BY_HAND_DROPS = _hand_coded(_in_groups(REORDERED, drops_earlier=True))
 BY_HAND_FORGETS = _hand_coded(_forgetting())
 BY_HAND_FIELDS = _hand_coded(_in_fields(), has_fields=True)
@@ -274,6 +279,7 @@ H264_VIDEOS = {
     "h264_all_called_key.mp4": moved(X264_B, "mp4", key_flags(True)),
     "h264_all_called_key.mkv": moved(X264_B, "mp4", key_flags(True)),
     "h264_all_called_key.avi": moved(X264_B, "avi", key_flags(True)),
+    "h264_all_called_key.wmv": moved(X264_OPEN, "mp4", key_flags(True)),
     "h264_none_called_key.mkv": moved(X264_B, "mp4", key_flags(False)),
     "h264_equal_times.mkv": moved(X264, "mp4", at_times(lambda i: i // 2 * 2)),
     "h264_gaps.avi": moved(X264, "avi", at_times(lambda i: 3 * i)),
@@ -299,6 +305,8 @@ H264_VIDEOS = {
     "h264_by_hand.avi": moved(BY_HAND, "h264", timed(range(FRAMES))),
     "h264_by_hand_all_called_key.mkv": moved(BY_HAND, "h264", in_turn(timed(IN_ORDER_OF_CODING, 2), key_flags(True))),
     "h264_by_hand_deep.h264": _hand_coded(_in_groups(DEEP)),
+    "h264_by_hand_too_deep.h264": BY_HAND_TOO_DEEP,
+    "h264_by_hand_too_deep.ts": moved(BY_HAND_TOO_DEEP, "h264", timed(IN_TOO_DEEP_ORDER, 4)),
     "h264_by_hand_drops_earlier.h264": BY_HAND_DROPS,
     "h264_by_hand_drops_earlier.mkv": moved(BY_HAND_DROPS, "h264", timed(IN_ORDER_OF_CODING, 2)),
     "h264_by_hand_drops_earlier.avi": moved(BY_HAND_DROPS, "h264", timed(range(FRAMES))),
@@ -338,6 +346,8 @@ HEVC_VIDEOS = {
     "hevc_end_of_stream.mkv": moved(X265_OPEN, "mp4", ended_before(21, b"\x48\x01"), shown=ENDED),
     "hevc_mid_group.ts": moved(X265_OPEN, "ts", without(0, 5), shown=LAST_28),
     "hevc_mid_group.mp4": moved(X265_OPEN, "mp4", without(0, 5), shown=LAST_28),
+    "hevc_closed_mid_group.ts": moved(X265_SHORT, "ts", without(0, 5), shown=range(8, FRAMES)),
+    "hevc_closed_mid_group.mp4": moved(X265_SHORT, "mp4", without(0, 1), shown=range(4, FRAMES)),
     "hevc_from_open_group.mkv": moved(X265_OPEN, "mp4", without(0, 12), shown=LAST_16),
     "hevc_joined.ts": joined(X265_OPEN, X265_OPEN, ending="ts"),
 }

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import av
 import numpy as np
-from av.codec.context import Flags
 
 from mvd_fast.errors import UserError
 
@@ -66,8 +65,6 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
     if not stream.codec_context.width or not stream.codec_context.height:
         raise BadFile("has a video stream without a picture size")
     stream.codec_context.thread_count = 1  # several files are handled at once instead
-    # Frames whose references are lost are handed out, too, and say so: without them the others could not be counted.
-    stream.codec_context.flags |= Flags.output_corrupt
     return stream
 
 

@@ -19,6 +19,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.codec.context import Flags
 from av.video.reformatter import VideoReformatter
 
 from mvd_fast.data import packets
@@ -352,17 +353,26 @@ def _shown(
     key frames).
     """
     is_damaged, has_begun = False, not may_begin_late
+    if has_begun:
+        # Frames whose references are lost are handed out, too, and say so: without them the others could not be
+        # counted. Not before the first key frame: FFmpeg then loses whole IDR pictures of HEVC.
+        stream.codec_context.flags |= Flags.output_corrupt
     for packet in itertools.chain(following, (None,)):
         try:
             frames = stream.codec_context.decode(packet)
         except av.FFmpegError:
-            is_damaged = has_begun
+            is_damaged = is_damaged or (has_begun and _has_picture(stream, packet))
             continue
         for frame in frames:
-            if frame.is_corrupt and not has_begun:
-                continue
             is_damaged, has_begun = is_damaged and not frame.key_frame, True
             yield frame, is_damaged or frame.is_corrupt
+
+
+def _has_picture(stream: av.VideoStream, packet: av.Packet | None) -> bool:
+    """Whether a picture is lost with a packet that a decoder refuses: demuxers may part messages from their picture."""
+    context = stream.codec_context
+    reader = packets.reader(context.codec.canonical_name, context.extradata, context.codec.intra_only)
+    return packet is None or not hasattr(reader, "has_picture") or reader.has_picture(memoryview(packet))
 
 
 @contextmanager

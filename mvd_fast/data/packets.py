@@ -12,6 +12,7 @@ AV1 bitstream specification (5.3 to 5.9).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -85,6 +86,9 @@ class IntraReader:
     def look(self, packet: Bytes) -> Shown:
         return Shown(1, entry=True)
 
+    def has_picture(self, packet: Bytes) -> bool:
+        return True
+
 
 class MjpegReader(IntraReader):
     """Motion JPEG: the frame header (ITU-T T.81, B.2.2) tells the picture's size. Not certain where it changes: a
@@ -96,7 +100,7 @@ class MjpegReader(IntraReader):
 
     def look(self, packet: Bytes) -> Shown:
         size = _jpeg_size(packet)
-        if all(size[1:]) and size:  # of a damaged header nothing follows
+        if any(size[1:3]) and any(size[3:5]):  # of a damaged header nothing follows
             self.is_certain = self.is_certain and self._size in ((), size)
             self._size = size
         return Shown(1, entry=True, picture=size)
@@ -273,6 +277,13 @@ class _NalReader:
             yield packet[at : at + length]
             at += length
 
+    def has_picture(self, packet: Bytes) -> bool:
+        """Whether anything of a picture is in it; else nothing is lost where a decoder refuses it."""
+        return any(self._is_slice(unit) for unit in self._units(packet))
+
+    def _is_slice(self, unit: Bytes) -> bool:
+        raise NotImplementedError
+
     def _keep(self, kind: int, number: int, unit: bytes) -> None:
         """A parameter set; one that changes in mid-stream may change the size, and what is still shown before it."""
         if self._sets.setdefault((kind, number), unit) != unit:
@@ -323,6 +334,11 @@ class H264Reader(_NalReader):
 
     _SIZE_AT = 4
 
+    def _is_slice(self, unit: Bytes) -> bool:
+        return unit[0] & 31 in (1, 2, 3, 4, 5, 20)
+
+    _order = 0  # the last picture's place in the order of showing, its lower bits
+
     def _stored_sets(self, extradata: bytes) -> Iterator[bytes]:
         at = 5
         for mask in (31, 255):  # sequence parameter sets, then picture parameter sets
@@ -365,9 +381,22 @@ class H264Reader(_NalReader):
         if sps is None or pps is None or not sps.is_progressive or pps.has_groups:
             self.is_certain = False
         else:
-            may_reorder = slice_type == 1 and sps.order_type != 2 and not sps.has_reorder_limit
-            if may_reorder or (is_idr and _drops_earlier_frames(head, sps, pps)):
+            may_reorder = sps.order_type != 2 and (slice_type == 1 or self._goes_back(copy(head), sps, is_idr))
+            is_guessed = may_reorder and not sps.has_reorder_limit
+            if is_guessed or (is_idr and _drops_earlier_frames(head, sps, pps)):
                 self.is_certain = False
+
+    def _goes_back(self, head: Bits, sps: _Sps, is_idr: bool) -> bool:
+        """Whether a picture is shown before one that precedes it in the file: not only B-frames are put in order."""
+        if sps.order_type == 1:
+            return sps.has_order_deltas
+        head.u(2 * sps.has_planes + sps.frame_number_bits)
+        if is_idr:
+            head.ue()
+        order = head.u(sps.order_bits)
+        step = (order - self._order) % (1 << sps.order_bits)
+        self._order = order
+        return not is_idr and step >= 1 << sps.order_bits - 1
 
 
 @lru_cache(maxsize=64)
@@ -481,6 +510,9 @@ class HevcReader(_NalReader):
     """
 
     _SIZE_AT = 21
+
+    def _is_slice(self, unit: Bytes) -> bool:
+        return unit[0] >> 1 & 63 < 32
 
     def __init__(self, extradata: bytes) -> None:
         self._seen = 0  # pictures
