@@ -68,6 +68,9 @@ def test_the_set_is_a_function_of_its_seed(folder: Path, tmp_path: Path) -> None
         assert np.array_equal(*frames)
     other = tmp_path / "other"
     digits.write_digit_set(other, digits.DigitSet(32, 16, 4))
+    by_workers = tmp_path / "by_workers"
+    digits.write_digit_set(by_workers, digits.DigitSet(130, 16, 3))
+    assert len(list((by_workers / "train").iterdir())) == 130
     assert (other / "train.txt").read_text() != (folder / "train.txt").read_text()
 
 

@@ -112,7 +112,7 @@ def scan_files(paths: Iterable[str], decode: bool, processes: int) -> Iterator[t
     """Facts of every file, in the order of `paths`."""
     paths = list(paths)
     inline = processes <= 1 or len(paths) < INLINE_BELOW
-    with nullcontext() if inline else worker_pool(processes, "spawn") as pool:
+    with nullcontext() if inline else worker_pool(processes) as pool:
         if pool is None:
             yield from ((path, scan_file(path, decode)) for path in paths)
         else:

@@ -20,12 +20,12 @@ def no_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def worker_pool(processes: int, method: str) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes are ended at once where the block is left by an exception.
+def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of spawned processes, which are ended at once where the block is left by an exception.
 
-    Submit inside `no_interrupts`: a pool starts processes as it needs them. method: "spawn" or "fork".
+    Submit inside `no_interrupts`: a pool starts processes as it needs them.
     """
-    with ProcessPoolExecutor(processes, multiprocessing.get_context(method)) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         try:
             yield pool
         except BaseException:

@@ -31,6 +31,7 @@ FPS = 15
 HELD_OUT = 400  # digit images that only test clips show
 GLYPH_MARGIN = 1.25  # the 8 x 8 glyph has a border of one pixel
 CHUNK = 128  # clips rendered at once, and per task of a worker
+Task = tuple[Path, str, int, int, "DigitSet"]  # folder, split, first clip, clips, their set
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,23 @@ def write_digit_set(folder: Path, digit_set: DigitSet, on_clip: Callable[[], Non
     ]
     for split in digit_set.splits:
         (folder / split).mkdir(parents=True, exist_ok=True)
-    with worker_pool(os.cpu_count() or 1, "fork") as pool:
-        with no_interrupts():
-            chunks = pool.map(_write_chunk, *zip(*tasks, strict=True))
-        for written in chunks:
-            for _ in range(written):
-                on_clip()
+    small = sum(digit_set.splits.values()) <= CHUNK  # starting processes takes longer than writing these
+    for written in map(_write_chunk, tasks) if small else _in_parallel(tasks):
+        for _ in range(written):
+            on_clip()
     for split, count in digit_set.splits.items():
         _, digits, motions = _draw(split, count, digit_set.seed)
         lines = (f"{_name(split, i)} {label_of(digits[i], motions[i])}\n" for i in range(count))
         write_text(folder / f"{split}.txt", "".join(lines))
     write_text(folder / "set.json", json.dumps(asdict(digit_set)))
+
+
+def _in_parallel(tasks: list[Task]) -> Iterator[int]:
+    # Not forked: a child would find locks held by threads that it does not have, such as those that decode.
+    with worker_pool(os.cpu_count() or 1) as pool:
+        with no_interrupts():
+            written = pool.map(_write_alone, tasks)
+        yield from written
 
 
 def is_written(folder: Path, digit_set: DigitSet) -> bool:
@@ -91,8 +98,13 @@ def _name(split: str, number: int) -> str:
     return f"{split}/{number:05d}.webm"
 
 
-def _write_chunk(folder: Path, split: str, start: int, count: int, digit_set: DigitSet) -> int:
+def _write_alone(task: Task) -> int:
     torch.set_num_threads(1)  # one worker per core
+    return _write_chunk(task)
+
+
+def _write_chunk(task: Task) -> int:
+    folder, split, start, count, digit_set = task
     images, _, motions = _draw(split, digit_set.splits[split], digit_set.seed)
     chosen = slice(start, start + count)
     clips = render(images[chosen], motions[chosen], seed=(digit_set.seed, len(split), start))
