@@ -273,18 +273,17 @@ def test_other_dtypes_run_the_reference(dtype):
 # ---- torch ----
 
 
-@pytest.mark.cpp
-def test_opcheck():
-    x, branch, weight, bias = inputs((2, 3, 17), torch.float32)
+def test_opcheck(language):
+    x, branch, weight, bias = inputs((2, 3, 17), torch.float32, language)
     op = torch.ops.mvd_kernels.add_layer_norm.default
     backward = torch.ops.mvd_kernels.add_layer_norm_backward.default
-    with use_impl("cpp"):
-        torch.library.opcheck(op, (x, branch, weight, bias, EPS, torch.tensor([0.0, 1.5])))
-        torch.library.opcheck(op, (x.detach(), branch, weight, bias.detach(), EPS, None))
-        sums, _, mean, rstd = (part.detach() for part in op(x, branch, weight, bias, EPS, None))
-        rest = (sums, weight.detach(), bias.detach(), mean, rstd)
-        torch.library.opcheck(backward, (sums, sums, *rest, torch.tensor([0.0, 1.5]), True, True, True))
-        torch.library.opcheck(backward, (None, sums, *rest, None, True, False, False))
+    scale = torch.tensor([0.0, 1.5], device=language)
+    torch.library.opcheck(op, (x, branch, weight, bias, EPS, scale))
+    torch.library.opcheck(op, (x.detach(), branch, weight, bias.detach(), EPS, None))
+    sums, _, mean, rstd = (part.detach() for part in op(x, branch, weight, bias, EPS, None))
+    rest = (sums, weight.detach(), bias.detach(), mean, rstd)
+    torch.library.opcheck(backward, (sums, sums, *rest, scale, True, True, True))
+    torch.library.opcheck(backward, (None, sums, *rest, None, True, False, False))
 
 
 @pytest.mark.cpp

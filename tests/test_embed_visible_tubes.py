@@ -335,10 +335,9 @@ def test_other_dtypes_of_clips_and_positions_are_cast():
 # ---- torch ----
 
 
-@pytest.mark.cpp
 @pytest.mark.parametrize("kind", ["bytes", "float32"])
-def test_opcheck(kind):
-    arguments = make_arguments("cpu", torch.float32, kind)
+def test_opcheck(language, kind):
+    arguments = make_arguments(language, torch.float32, kind)
     for name in ("video", "weight", "bias", "pos"):
         if arguments[name].is_floating_point():
             arguments[name].requires_grad_()

@@ -27,9 +27,9 @@ def launches() -> list[tuple[str, str, Launch]]:
     return list(offline.cases())
 
 
-def outside_the_interpreter(*command: object) -> subprocess.CompletedProcess:
+def outside_the_interpreter(*command: object, **variables: str) -> subprocess.CompletedProcess:
     """Run Python where kernels are compiled: here they are interpreted, where there is no GPU."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
 
 
@@ -47,8 +47,8 @@ def test_every_kernel_is_in_a_case(launches):
     assert {offline.function_of(launch.kernel).__name__ for _, _, launch in launches} == ours
 
 
-def test_launches_that_are_remembered_are_those_of_triton():
-    result = outside_the_interpreter(DATA / "launches.py")
+def test_launches_that_are_remembered_are_those_of_triton(tmp_path):
+    result = outside_the_interpreter(DATA / "launches.py", TRITON_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr
     launches, remembered = map(int, result.stdout.split())
     assert 0 < launches // 3 <= remembered < launches  # the third round at least

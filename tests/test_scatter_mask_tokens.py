@@ -325,9 +325,8 @@ def test_no_graph_without_gradients(language):
 # ---- torch ----
 
 
-@pytest.mark.cpp
-def test_opcheck():
-    arguments, _ = leaves(make_arguments("cpu", torch.float32), LEARNED)
+def test_opcheck(language):
+    arguments, _ = leaves(make_arguments(language, torch.float32), LEARNED)
     arguments["mask_tokens"] = [one.detach().flatten().requires_grad_() for one in arguments["mask_tokens"]]
     torch.library.opcheck(torch.ops.mvd_kernels.scatter_mask_tokens.default, tuple(arguments.values()))
 

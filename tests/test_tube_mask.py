@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from op_checks import CPP, IMPLEMENTATIONS, running
+from op_checks import CPP, IMPLEMENTATIONS, pairwise, running
 
 import mvd_kernels
 from mvd_kernels import TubeMask, masked_per_slice, tube_mask, use_impl
@@ -91,13 +91,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("grid", "ratio"), CASES)
-def test_implementations_equal_the_reference(implementation, grid, ratio):
-    for seed, epoch in ((0, 0), (2**62 + 12345, 2**32 - 1)):
-        want = draw("reference", seed, epoch, SAMPLES, grid, ratio)
-        with running(implementation) as device:
-            assert_equal(tube_mask(seed, epoch, SAMPLES, grid, ratio, device=device), want)
+@pairwise(implementation=IMPLEMENTATIONS, case=CASES, start=[(0, 0), (2**62 + 12345, 2**32 - 1)])
+def test_implementations_equal_the_reference(implementation, case, start):
+    want = draw("reference", *start, SAMPLES, *case)
+    with running(implementation) as device:
+        assert_equal(tube_mask(*start, SAMPLES, *case, device=device), want)
 
 
 @pytest.mark.parametrize("implementation", CPP)

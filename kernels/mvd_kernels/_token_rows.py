@@ -42,17 +42,16 @@ def _sum_rows_kernel(
 
 
 def sum_rows(rows: Tensor) -> Tensor:
-    """Sum of all rows [B, R, C] (C contiguous) -> fp32 [C], in two stages."""
+    """Sum of all rows [B, R, C] (C contiguous) -> fp32 [C], in two stages; in one, where there are few rows."""
     batch, count, width = rows.shape
-    total = rows.new_zeros(width, dtype=torch.float32)
     if not rows.numel():
-        return total
+        return rows.new_zeros(width, dtype=torch.float32)
     parts = cdiv(count, _ROWS_PER_SUM)
-    partial = total.new_empty(batch, parts, width)
-    stages = (
-        (rows, partial, parts, count, _ROWS_PER_SUM),
-        (partial.view(1, -1, width), total, 1, batch * parts, batch * parts),
-    )
+    total = rows.new_empty(width, dtype=torch.float32)
+    partial = total if batch * parts == 1 else total.new_empty(batch, parts, width)
+    stages = [(rows, partial, parts, count, _ROWS_PER_SUM)]
+    if partial is not total:
+        stages.append((partial.view(1, -1, width), total, 1, batch * parts, batch * parts))
     for source, target, parts, length, per_part in stages:
         programs = len(source) * parts
         launch(
@@ -98,15 +97,16 @@ def sum_rows_by_token(rows: Tensor, index: Tensor, clips: int, tokens: int) -> T
 
     `clips` is B, or 1 to sum over all clips."""
     width = rows.shape[2]
-    sums = rows.new_zeros(clips, tokens, width, dtype=torch.float32)
-    if rows.numel():
-        order, bounds = rows_of_tokens(index, clips, tokens)
-        launch(
-            _sum_by_token_kernel,
-            lambda meta: (clips * tokens, cdiv(width, meta["BLOCK"])),
-            *(rows, order, bounds, sums),
-            *(rows.stride(0), rows.stride(1), rows.shape[1], width),
-            flops=rows.numel(),
-            moves=(rows, sums, order, bounds),
-        )
+    if not rows.numel():
+        return rows.new_zeros(clips, tokens, width, dtype=torch.float32)
+    sums = rows.new_empty(clips, tokens, width, dtype=torch.float32)
+    order, bounds = rows_of_tokens(index, clips, tokens)
+    launch(
+        _sum_by_token_kernel,
+        lambda meta: (clips * tokens, cdiv(width, meta["BLOCK"])),
+        *(rows, order, bounds, sums),
+        *(rows.stride(0), rows.stride(1), rows.shape[1], width),
+        flops=rows.numel(),
+        moves=(rows, sums, order, bounds),
+    )
     return sums

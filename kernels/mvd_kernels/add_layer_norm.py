@@ -400,7 +400,7 @@ def add_layer_norm(
     Raises:
         ValueError: if an argument is not what is said above.
     """
-    if branch is not None and autocast_dtype(x.device) is not None and branch.dtype != x.dtype:
+    if branch is not None and branch.dtype != x.dtype and autocast_dtype(x.device) is not None:
         wider = torch.promote_types(x.dtype, branch.dtype)
         x, branch = x.to(wider), branch.to(wider)
     _CHECKS(x, branch, weight, bias)

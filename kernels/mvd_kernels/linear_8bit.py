@@ -320,7 +320,7 @@ def linear_8bit(
         x = x.to(dtype)
     values, scale, packed = weight
     bias = None if bias is None else bias.detach()
-    return _operator(x, values, scale, packed, bias, activation == "gelu")
+    return _operator(x, values, scale.detach(), packed, bias, activation == "gelu")
 
 
 class Linear8bit(nn.Module):

@@ -186,8 +186,9 @@ def _launch(x, weight, bias, target, index, beta, normalize, need_x, need_weight
     inputs, weight, target = x.flatten(0, 1).contiguous(), weight.contiguous(), target.contiguous()
     (rows, depth), width, (_, per_clip, _) = inputs.shape, weight.shape[0], x.shape
     grid = (cdiv(rows, _TILE["BLOCK_M"]), cdiv(width, _TILE["BLOCK_N"]))
-    losses = x.new_zeros(grid, dtype=torch.float32)
-    sums = x.new_zeros(grid[0] if need_bias else 0, width, dtype=torch.float32)
+    make = x.new_empty if rows and width else x.new_zeros  # else nothing writes them
+    losses = make(grid, dtype=torch.float32)
+    sums = make(grid[0] if need_bias else 0, width, dtype=torch.float32)
     need_gradient = need_x or need_weight
     gradient = x.new_empty((rows, width) if need_gradient else (0, width))
     if rows and width:

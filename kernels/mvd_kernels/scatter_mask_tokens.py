@@ -179,16 +179,18 @@ def _launch(x, weights, biases, mask_tokens, pos, visible_index, masked_index):
 def _launch_backward(grads, x, weights, visible_index, masked_index, needed, tokens):
     grads, seen = [grad.contiguous() for grad in grads], visible_index.shape[1]
     for_weights, for_biases, for_masks, for_pos = _by_decoder(needed, len(weights))
-    gradients = []
-    if needed[0] or any(for_weights):
+    gradients, widths = [], [len(weight) for weight in weights]
+    if needed[0] or any(for_weights) or any(for_biases):
         # The only copy: the visible rows of all decoders side by side, [B Nv, sum of C].
         rows = torch.cat([grad[:, :seen] for grad in grads], dim=2).flatten(0, 1)
-        parts = rows.split([len(weight) for weight in weights], dim=1)
-        if needed[0]:
-            # One product over the columns of all decoders sums their shares in fp32.
-            gradients.append(torch.mm(rows, torch.cat(list(weights))).view(x.shape))
+    if needed[0]:
+        # One product over the columns of all decoders sums their shares in fp32.
+        gradients.append(torch.mm(rows, torch.cat(list(weights))).view(x.shape))
+    if any(for_weights):
+        parts = rows.split(widths, dim=1)
         gradients += [torch.mm(part.t(), x.flatten(0, 1)) for part in _chosen(parts, for_weights)]
-    gradients += [sum_rows(grad[:, :seen]) for grad in _chosen(grads, for_biases)]
+    if any(for_biases):
+        gradients += _chosen(torch.split_with_sizes_copy(sum_rows(rows[None]), widths), for_biases)
     gradients += [sum_rows(grad[:, seen:]) for grad in _chosen(grads, for_masks)]
     if any(for_pos):
         index = torch.cat([visible_index, masked_index], dim=1)
