@@ -114,6 +114,7 @@ def test_transforms_of_torch_func(case, transform) -> None:
     assert_alike(results[:1], results[1:], TOLERANCE[torch.float32])
 
 
+@pytest.mark.cpp
 @pytest.mark.parametrize("case", ["timm", "reference", "VideoMAEModel"])
 def test_a_second_derivative_is_refused_by_name(case) -> None:
     model, _, inputs, _ = twins(case)
