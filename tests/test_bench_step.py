@@ -14,7 +14,7 @@ FP32 = ("--set", "teachers.image.precision=fp32", "--set", "teachers.video.preci
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mvd_fast.cli", "bench", "step", *arguments]
-    return subprocess.run(command, env=tiny_runs.environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=tiny_runs.environment(), capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -694,7 +694,7 @@ sys.modules.update(transformers=None, timm=None, deepspeed=None)
 common = ["convert", "{tmp_path}/s.pth", "{tmp_path}/hf", "--to", "hf"]
 print(cli.main(common), cli.main([*common, "--heads", "3"]), cli.main([*common, "--heads", "3"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "2 0 2"
     assert "add --heads" in done.stderr and "--force replaces it" in done.stderr and "Traceback" not in done.stderr

@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path, accumul
     ranks = tiny_runs.start_ranks([sys.executable, worker, str(config_file), "1", str(2 * accumulation)])
     outputs = []
     for process in ranks:
-        outputs.append("".join(process.communicate(timeout=120)))
+        outputs.append("".join(process.communicate(timeout=600)))
         assert process.returncode == 1, outputs
     sentence = "mvd-fast: error: loss is nan at update 2 on rank 1 (samples: "
     assert outputs[0].count(sentence) == 1 and "error" not in outputs[1]

@@ -90,7 +90,7 @@ def test_the_command_prints_on_any_terminal(dataset, encoding):
     """Standard output in another encoding, as of a terminal that is not UTF-8."""
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     command = [sys.executable, "-m", "mvd_fast.cli", "data", "check", dataset]
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=600)
     out = done.stdout.decode(encoding)
     assert done.returncode == 1 and b"Traceback" not in done.stderr
     rows = [line for line in out.splitlines() if "broken " in line and "not a readable video" in line]
@@ -104,7 +104,7 @@ def test_a_posix_locale_without_utf8_reads_the_same_bytes(listed):
     """File names are bytes there too: as many usable files, and the same names in the quarantine."""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-m", "mvd_fast.cli", "data", "check", str(listed)]
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=600)
     assert done.returncode == 1 and b"Traceback" not in done.stderr
     assert f"{2 * len(NAMES)} files".encode() in done.stdout and f"{len(NAMES)} unusable".encode() in done.stdout
 
@@ -112,7 +112,7 @@ def test_a_posix_locale_without_utf8_reads_the_same_bytes(listed):
 def test_an_error_about_an_odd_name_is_one_line(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9\n.txt")
     command = [sys.executable, "-m", "mvd_fast.cli", "data", "check", os.fsencode(path)]
-    done = subprocess.run(command, capture_output=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, timeout=600)
     assert done.returncode == 2
     assert done.stderr.decode().strip().splitlines() == [
         f"mvd-fast: error: {printable(path)} does not exist; give a text file with one `path label` a line, or a "
@@ -122,7 +122,7 @@ def test_an_error_about_an_odd_name_is_one_line(tmp_path):
 
 def test_a_config_says_which_name_is_not_utf8(tmp_path):
     command = [sys.executable, "-m", "mvd_fast.cli", "config", "show", "vitl", "--set", b"data.train=caf\xe9.txt"]
-    done = subprocess.run(command, capture_output=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, timeout=600)
     assert done.returncode == 2
     assert r"data.train: 'caf\xe9.txt' is not UTF-8; rename it" in done.stderr.decode()
 
