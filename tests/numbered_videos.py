@@ -43,6 +43,13 @@ def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray
     return np.where(rows, bars[None, :, None], patches[None]).astype(np.uint8)
 
 
+def in_greys(number: int) -> av.VideoFrame:
+    """The frame that says `number`, in a palette of greys that are numbered the other way round."""
+    palette = np.repeat(np.arange(255, -1, -1, dtype=np.uint8)[:, None], 4, axis=1)
+    palette[:, 0] = 255  # alpha
+    return av.VideoFrame.from_ndarray((255 - picture(number)[..., 1], palette), format="pal8")
+
+
 def number_of(frame: np.ndarray) -> int:
     """The number that a frame [H, W, 3] of RGB says; -1 where its bars are neither bright nor dark."""
     height, width = frame.shape[:2]

@@ -58,6 +58,14 @@ def copied(packet: av.Packet, content: bytes, frames_later: int = 0) -> av.Packe
     return new
 
 
+EXIF = b"\xff\xe1\0\x22Exif\0\0MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x01\0\0\0\0\0\0"  # orientation 1
+
+
+def with_exif(packets: list[av.Packet]) -> list[av.Packet]:
+    """The JPEGs of a stream say how they were taken, as those of cameras and of pictures that were joined do."""
+    return [copied(packet, bytes(packet)[:2] + EXIF + bytes(packet)[2:]) for packet in packets]
+
+
 def hidden(*numbers: int) -> Change:
     """These packets of a VP8 stream show nothing (RFC 6386, 9.1: show_frame)."""
 

@@ -30,6 +30,7 @@ from numbered_videos import (
     WIDTH,
     X265,
     encode,
+    in_greys,
     numbered,
     picture,
     remux,
@@ -49,6 +50,7 @@ from packet_changes import (
     transport_packets,
     with_edits,
     with_empty_frames,
+    with_exif,
     with_units,
     without,
 )
@@ -191,6 +193,7 @@ SHOWN_AGAIN = (3, 4, 12, 20, 36)
 X264 = coded("libx264", H264)
 X264_B = coded("libx264", H264_B)
 LONG = numbered(200)
+IN_GREYS = [in_greys(number) for number in range(FRAMES)]
 X264_LONG = coded("libx264", H264_B, frames=LONG[:120])
 X264_OPEN = coded("libx264", H264_OPEN)
 X265_CLOSED = coded("libx265", _hevc("open-gop=0:keyint=12"))
@@ -445,7 +448,10 @@ OTHER_VIDEOS = {
     "huffyuv.avi": coded("huffyuv", {}, "yuv422p"),
     "raw.y4m": coded("wrapped_avframe", {}, "yuv420p"),
     "mjpeg.mjpeg": MJPEG,
+    "mjpeg_exif.mov": moved(MJPEG, "avi", with_exif),
     "raw.avi": coded("rawvideo", {}, "yuv420p"),
+    "raw_palette.avi": coded("rawvideo", {}, "pal8", frames=IN_GREYS),
+    "raw_palette.mov": coded("rawvideo", {}, "pal8", frames=IN_GREYS),
     "cinepak.avi": coded("cinepak", {"g": 12}, "rgb24"),
     "screen.avi": coded("zmbv", {"g": 12}, "bgr0"),
     "screen.flv": coded("flashsv", {"g": 12}, "bgr24"),

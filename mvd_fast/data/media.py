@@ -44,6 +44,9 @@ DALI_GPU_CODECS = DALI_CPU_CODECS | {"h264", "hevc", "av1"}
 # Formats without presentation times; what FFmpeg gives out as such is made up.
 CLOCKLESS = frozenset({"avi", "asf", "h264", "hevc", "obu", "m4v", "mpegvideo", "mjpeg", "rawvideo"})
 
+# What comes with one packet and holds for those behind it: a decoder that begins there would not have it.
+OF_ALL_THAT_FOLLOW = ("new_extradata", "palette")
+
 MISSING_SHARE = 0.05  # of the promised duration or frames; containers round, so less than that is no truncation
 MISSING_FRAMES = 2
 JUMP = 0.25  # seconds
@@ -193,7 +196,8 @@ class _Scan:
             self._enter(packet)
         elif found.leading and self.entries and frames:  # shown before the entry, which they follow in the file
             self.entries[-1] = (self.entries[-1][0] + frames, *self.entries[-1][1:])
-        self.is_certain = self.reader.is_certain and bool(self.entries) and not packet.has_sidedata("new_extradata")
+        is_independent = not any(packet.has_sidedata(kind) for kind in OF_ALL_THAT_FOLLOW)
+        self.is_certain = self.is_certain and self.reader.is_certain and bool(self.entries) and is_independent
         self.times += [packet.pts] * frames
         self.shown += frames
         self.pictures |= {found.picture} if found.picture else set()

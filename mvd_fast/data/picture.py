@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type
 from av.video.reformatter import Interpolation, VideoReformatter
 
 # libswscale's SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND: with them PyAV's colours equal DALI's CPU decoder bit for bit.
@@ -22,6 +23,17 @@ DALI_FORMATS = frozenset({"yuv420p", "yuv422p", "yuvj420p", "yuvj422p"})
 
 MOST_STRETCHED = 10  # times; a pixel aspect ratio beyond that is no camera's
 MOST_SKEWED = 0.02  # of a turn by a multiple of 90 degrees
+
+
+def _unnamed(cls: type[Type], value: int) -> Type:
+    member = object.__new__(cls)
+    member._name_, member._value_ = f"UNNAMED_{value}", value
+    return member
+
+
+# PyAV 18.1 has no names for FFmpeg's latest kinds of side data (EXIF among them), and of a frame that has such it reads
+# none at all.
+Type._missing_ = classmethod(_unnamed)
 
 
 class UnknownPicture(ValueError):
