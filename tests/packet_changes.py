@@ -26,6 +26,13 @@ def without(first: int, last: int) -> Change:
     return lambda packets: packets[:first] + packets[last:]
 
 
+def broken(number: int, change: Callable[[bytes], bytes]) -> Change:
+    """The content of one packet is changed."""
+    return lambda packets: [
+        copied(packet, change(bytes(packet))) if i == number else packet for i, packet in enumerate(packets)
+    ]
+
+
 def at_times(time_of: Callable[[int], int]) -> Change:
     """Packet i, in a stream without B-frames, gets the time `time_of(i)`, in frames."""
 

@@ -94,6 +94,19 @@ def test_damage_never_shows_another_frame(name, path_of):
     assert [0] not in refused and [len(shown) - 1] not in refused
 
 
+@pytest.mark.parametrize(
+    "name", ["h264_zeros.mp4", "h264_wrong_length.mkv", "h264_no_unit.mp4", "hevc_only_length.mkv"]
+)
+def test_a_picture_that_a_decoder_refuses_is_damage(name, path_of):
+    """What follows up to the next key frame refers to it."""
+    path = str(path_of(name))
+    info = media.probe_video(path)
+    with pytest.raises(media.BadFile, match="is damaged"):
+        media.require_decodable(path, info)
+    with pytest.raises(media.BadFile, match="cannot be decoded"):
+        media.decode_frames(path, np.arange(info.frames), info)
+
+
 @pytest.mark.parametrize("by_dali", [True, False])
 def test_training_sees_these_frames(by_dali, path_of, tmp_path):
     """Of every file: clips anywhere in it, whoever decodes."""

@@ -38,6 +38,7 @@ from numbered_videos import (
 from packet_changes import (
     Change,
     at_times,
+    broken,
     ended_before,
     hidden,
     in_turn,
@@ -483,6 +484,9 @@ DAMAGED_VIDEOS = {
     "h264_cut_off.flv": edited(X264_B, "flv", lambda data: data[:-200], AS_DECODED),
     "h264_cut_off.avi": edited(X264_B, "avi", lambda data: data[:-1900], AS_DECODED),
     "h264_zeros.mp4": edited(X264_B, "mp4", _zeroed, AS_DECODED),
+    "h264_wrong_length.mkv": moved(X264_B, "mp4", broken(15, lambda unit: b"\0\x7f" + unit[2:]), shown=AS_DECODED),
+    "h264_no_unit.mp4": moved(X264_B, "mp4", broken(15, lambda unit: bytes(len(unit))), shown=AS_DECODED),
+    "hevc_only_length.mkv": moved(X265_OPEN, "mp4", broken(15, lambda unit: unit[:4]), shown=AS_DECODED),
     "hevc_lost_packets.mkv": moved(
         X265_OPEN, "mp4", without(15, 18), shown=[*range(13), 14, 16, *6 * [-1], *range(24, FRAMES)]
     ),

@@ -278,8 +278,11 @@ class _NalReader:
             at += length
 
     def has_picture(self, packet: Bytes) -> bool:
-        """Whether anything of a picture is in it; else nothing is lost where a decoder refuses it."""
-        return any(self._is_slice(unit) for unit in self._units(packet))
+        """Whether anything of a picture is in it, or what cannot be read; else nothing is lost where a decoder refuses
+        it."""
+        units = list(self._units(packet))
+        unread = len(packet) - sum(self._length_size + len(unit) for unit in units) if self._length_size else not units
+        return unread > 0 or any(self._is_slice(unit) for unit in units)
 
     def _is_slice(self, unit: Bytes) -> bool:
         raise NotImplementedError
