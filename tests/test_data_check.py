@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from video_files import write_broken, write_video
 
-from mvd_fast.data import check, index
+from mvd_fast.data import check, containers, index
 from mvd_fast.data.check import advise, check_list, main
 from mvd_fast.data.index import FileFacts, load_index, save_index
 from mvd_fast.data.lists import ListError, write_beside
@@ -88,6 +88,31 @@ def test_a_second_scan_looks_only_at_what_changed(dataset, monkeypatch):
     assert sorted(seen) == ["empty.webm", "missing.mp4", "new_vp9.webm"]
     assert "empty.webm" not in by_name(report.bad) and "empty.webm" not in by_name(read_quarantine(str(listed)))
     assert quiet(listed, decode=True).scanned == report.files  # looks deeper than the index does
+
+
+def test_what_could_not_be_read_is_looked_at_again(tmp_path, monkeypatch):
+    """Permissions that are mended and mounts that come back change neither size nor time."""
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{write_video(tmp_path / 'whole_vp9.webm').name} 0\n")
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(containers.np, "fromfile", refused)
+        assert by_name(quiet(listed).bad) == {"whole_vp9.webm": "cannot be read: Permission denied"}
+    report = quiet(listed)
+    assert (report.scanned, report.bad) == (1, {})
+
+
+@pytest.mark.parametrize("name", ["pipe.mp4", "pipe.jpg"])
+def test_a_pipe_is_no_file(tmp_path, name):
+    """Nobody may ever write to it, and reading would wait."""
+    os.mkfifo(tmp_path / name)
+    end = os.open(tmp_path / name, os.O_RDWR | os.O_NONBLOCK)
+    os.write(end, b"x")
+    assert index.scan_file(str(tmp_path / name)).error == "is not a regular file"
+    os.close(end)
 
 
 def test_an_interrupted_scan_keeps_what_it_saw(dataset, monkeypatch):

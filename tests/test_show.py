@@ -288,6 +288,20 @@ def test_what_cannot_be_shown_is_refused_by_name(clips, tmp_path, capsys, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["broken.mp4"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "writer"),
+    [(["--frames", "0", "--out", "x.npz"], (np, "savez")), (["--out", "x"], (Image.Image, "save"))],
+)
+def test_a_full_disk_is_one_sentence(clips, tmp_path, capsys, monkeypatch, arguments, writer):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(*writer, full)
+    assert main(["data", "show", str(clips.parent / "1_h264.mp4"), *arguments]) == 2
+    assert f"{arguments[-1]} cannot be written (No space left on device); name another --out" in capsys.readouterr().err
+
+
 def test_odd_names_are_printed_and_kept(clips, tmp_path, capsys):
     odd = os.fsdecode(b"caf\xe9 \xe2\x80\xa8 #1.webm")
     (tmp_path / odd).write_bytes((clips.parent / "0_vp9.webm").read_bytes())

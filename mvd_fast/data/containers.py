@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
 
 import av
@@ -22,12 +24,19 @@ class BadFile(UserError):
     """A file that cannot be used; the message is the reason, without the path."""
 
 
+class UnreadableFile(BadFile):
+    """A file that cannot be read as things are: no permission, a mount that is away. It may be sound."""
+
+
 def read_bytes(path: str, at_most: int = -1) -> np.ndarray:
-    """The file, or its first `at_most` bytes, as uint8 [size]. Raises BadFile when it cannot be read or is empty."""
+    """The file, or its first `at_most` bytes, as uint8 [size]. Raises UnreadableFile, and BadFile when it is
+    empty, or a pipe, a socket or a device, where reading may have no end."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise BadFile("is not a regular file")
         data = np.fromfile(path, dtype=np.uint8, count=at_most)
     except OSError as error:
-        raise BadFile(f"cannot be read: {error.strerror or error}") from error
+        raise UnreadableFile(f"cannot be read: {error.strerror or error}") from error
     if data.size == 0:
         raise BadFile("is empty (0 bytes)")
     return data

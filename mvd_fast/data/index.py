@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mvd_fast.data import images, media
-from mvd_fast.data.containers import BadFile, read_bytes
+from mvd_fast.data.containers import BadFile, UnreadableFile, read_bytes
 from mvd_fast.data.lists import write_beside
 from mvd_fast.data.workers import no_interrupts, worker_pool
 
@@ -24,7 +24,8 @@ AHEAD = 4  # files handed to each process in advance
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """One file as a scan saw it. `error` is empty for usable files; the facts are zero where it is not."""
+    """One file as a scan saw it. `error` is empty for usable files; the facts are zero where it is not, size and time
+    also where it could not be read."""
 
     size: int
     mtime_ns: int
@@ -50,6 +51,8 @@ def scan_file(path: str, decode: bool = False) -> FileFacts:
         info = media.probe_video(path)
         if decode:
             media.require_decodable(path, info)
+    except UnreadableFile as error:
+        return FileFacts(0, 0, error=str(error), decoded=decode)
     except BadFile as error:
         return FileFacts(size, mtime_ns, error=str(error), decoded=decode)
     return FileFacts(
@@ -104,7 +107,8 @@ def save_index(path: str, files: dict[str, FileFacts]) -> None:
 
 
 def is_fresh(facts: FileFacts | None, path: str, decode: bool) -> bool:
-    """Whether earlier facts still hold: same size, same modification time, looked at as deeply."""
+    """Whether earlier facts still hold: same size, same modification time, looked at as deeply. A file that could not
+    be read is looked at again."""
     return facts is not None and (facts.size, facts.mtime_ns) == stamp(path) != (0, 0) and facts.decoded >= decode
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def save_frames(path: str, wanted: str, out: str) -> tuple[int, ...]:
         raise UserError(f"--frames writes a NumPy file: --out must end in .npz, not {out!r}")
     frames, index = decode_file(path, wanted)
     _make_folder(Path(out).parent)
-    with written_aside(out) as aside:
+    with _writing(out), written_aside(out) as aside:
         np.savez(aside, frames=frames, index=index)
     return frames.shape
 
@@ -138,6 +138,17 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made ({error.strerror or error}); name another --out") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder} may not be written to; name another --out")
+
+
+@contextmanager
+def _writing(place: str | Path) -> Iterator[None]:
+    """A full disk, say, is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{printable(place)} cannot be written ({error.strerror or error}); name another --out"
+        ) from error
 
 
 # ---- loading ----
@@ -201,8 +212,9 @@ def _pictured(
     page = Page(path, lines, frames, {"crop": crop, **_overlays(crop, row, config)})
     name = f"{number:03d}_{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(path).stem)[:40]}"
     shown = Shown(path, key, frames, page, folder / f"{name}.png", folder / f"{name}.webp")
-    write_sheet(page, shown.sheet)
-    write_animation(page, shown.animation, _milliseconds(facts, frames))
+    with _writing(folder):
+        write_sheet(page, shown.sheet)
+        write_animation(page, shown.animation, _milliseconds(facts, frames))
     return shown
 
 
