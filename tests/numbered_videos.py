@@ -102,10 +102,11 @@ def encode(
     rate: int = RATE,
     container: dict[str, str] | None = None,
     sound: bool = False,
+    sound_from: float = 0,
     set_up: Callable[[av.VideoStream], None] = lambda stream: None,
 ) -> None:
     """Frames, by default numbers `first` to `first` + FRAMES - 1, from `start` seconds on, in the container that the
-    path's ending names. `set_up` may change the stream before it is opened."""
+    path's ending names. The sound is `sound_from` seconds late. `set_up` may change the stream before it is opened."""
     frames = list(map(picture, range(first, first + FRAMES))) if frames is None else list(frames)
     frames = [av.VideoFrame.from_ndarray(f, format="rgb24") if isinstance(f, np.ndarray) else f for f in frames]
     with av.open(str(path), "w", options=container or {}) as output:
@@ -113,12 +114,13 @@ def encode(
         stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, pixel_format
         stream.codec_context.thread_count = 1
         set_up(stream)
+        late = round(sound_from * 44100)
         voice = output.add_stream("mp2", rate=44100, layout="mono") if sound else None
         for number, frame in enumerate(frames):
             frame.pts, frame.time_base = number + round(start * rate), Fraction(1, rate)
             output.mux(stream.encode(frame))
             if voice:
-                output.mux(voice.encode(_silence(44100 // rate, (frame.pts * 44100) // rate)))
+                output.mux(voice.encode(_silence(44100 // rate, (frame.pts * 44100) // rate + late)))
         output.mux(stream.encode())
         if voice:
             output.mux(voice.encode())

@@ -12,8 +12,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from numbered_videos import encode
+from packet_changes import at_times
 from PIL import Image
 from video_files import loader_of, real_clips, run_config, take, write_list, write_mixed_list, write_video
+from video_kinds import X264, X264_B, coded, moved
 
 from mvd_fast.data import media, sampling
 from mvd_fast.data.loader import build_source
@@ -199,6 +202,48 @@ def test_frames_that_an_edit_list_drops_do_not_count(tmp_path):
     wanted = np.array([0, 3, 20, 34])
     expected = media.decode_frames(everything, wanted + 5, media.probe_video(everything))
     assert np.array_equal(media.decode_frames(part, wanted, info), expected)
+
+
+def every_other(packets: list[av.Packet]) -> list[av.Packet]:
+    for number, packet in enumerate(packets):
+        packet.pts = packet.dts = 2 * number
+    return packets
+
+
+MPEG4 = coded("mpeg4", {"g": 12})
+SECONDS = {  # file -> what writes it, frames a second on average, second -> frame there
+    "every_other.avi": (moved(X264_B, "avi", every_other), 12.5, {0: 0, 0.8: 10, 2: 25, 3.12: 39}),
+    "every_third.avi": (moved(X264, "avi", at_times(lambda i: 3 * i)), 25 / 3, {0: 0, 1.2: 10, 3: 25, 4.68: 39}),
+    "gap.avi": (moved(X264, "avi", at_times(lambda i: i + 50 * (i > 19))), 11, {0.4: 10, 0.76: 19, 2.8: 20, 3.2: 30}),
+    "gap.wmv": (moved(X264, "avi", at_times(lambda i: i + 50 * (i > 19))), 11, {0.4: 10, 0.76: 19, 2.8: 20, 3.2: 30}),
+    "gap_mpeg4.avi": (moved(MPEG4, "avi", at_times(lambda i: i + 50 * (i > 19))), 11, {0.4: 10, 0.76: 19, 3.2: 30}),
+    "plain_mpeg4.avi": (MPEG4, 25, {0: 0, 0.4: 10, 1: 25, 1.56: 39}),
+}
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_seconds_where_the_container_has_only_places(name, tmp_path):
+    """AVI and ASF: a packet's place tells its time. `ffmpeg -c copy` to AVI leaves every other place empty."""
+    video, rate, frames = SECONDS[name]
+    video.write(tmp_path / name)
+    info = media.probe_video(str(tmp_path / name))
+    assert info.fps == pytest.approx(rate, rel=0.02)
+    assert {second: info.frame_at(second) for second in frames} == frames
+
+
+def test_the_first_frame_may_come_after_the_first_sound(tmp_path):
+    """As where sound is put before the picture to prime its decoder."""
+    encode(tmp_path / "film.mp4", "libx264", {"g": 12}, sound=True, start=0.04, sound_from=-0.04)
+    info = media.probe_video(str(tmp_path / "film.mp4"))
+    assert info.start == pytest.approx(0.04, abs=0.001)
+    assert [info.frame_at(second) for second in (-0.04, 0, 0.04, 1)] == [None, 0, 0, 24]
+
+
+@pytest.mark.parametrize("name", ["late.avi", "late.wmv", "late.mp4", "late.mkv"])
+def test_sound_that_begins_late_is_no_truncation(name, tmp_path):
+    codec = "wmv2" if name.endswith("wmv") else "mpeg4" if name.endswith("avi") else "libx264"
+    encode(tmp_path / name, codec, {"g": 12}, sound=True, sound_from=1)
+    assert media.probe_video(str(tmp_path / name)).frames == 40
 
 
 def test_a_frame_past_the_end_is_an_error_and_not_memory_that_nobody_wrote(tmp_path):

@@ -44,6 +44,9 @@ DALI_GPU_CODECS = DALI_CPU_CODECS | {"h264", "hevc", "av1"}
 # Formats without presentation times; what FFmpeg gives out as such is made up.
 CLOCKLESS = frozenset({"avi", "asf", "h264", "hevc", "obu", "m4v", "mpegvideo", "mjpeg", "rawvideo"})
 
+# Those in which a packet's place in the file tells when it is shown, give or take the decoder's delay: gaps are real.
+PLACED = frozenset({"avi", "asf"})
+
 # What comes with one packet and holds for those behind it: a decoder that begins there would not have it.
 OF_ALL_THAT_FOLLOW = ("new_extradata", "palette")
 
@@ -112,7 +115,7 @@ class VideoInfo:
         if self.start is None or not self.fps:
             return None
         number = round((second - self.start) * self.fps)
-        return number if 0 <= number < self.frames else None
+        return max(number, 0) if -1 <= number < self.frames else None  # sound may begin a little earlier
 
     @property
     def length(self) -> str:
@@ -148,7 +151,8 @@ class _Scan:
     first: av.VideoFrame | None = None
     entries: list[tuple[int, ...]] = field(default_factory=list)
     key_frames: int = 0
-    times: list[int | None] = field(default_factory=list)
+    times: list[int | None] = field(default_factory=list)  # pts of what is shown; without a clock dts
+    places: list[int | None] = field(default_factory=list)  # dts of all packets, of formats in PLACED
     pictures: set[tuple[int, ...]] = field(default_factory=set)
     end: float = 0.0  # seconds, over all streams
     last: int | None = None  # dts
@@ -161,7 +165,9 @@ class _Scan:
         self.codec = self.context.codec
         self.reader = packets.reader(self.codec.canonical_name, self.context.extradata, self.codec.intra_only)
         self.is_certain = self.reader is not None
-        self.has_clock = self.container.format.name not in CLOCKLESS
+        self.is_clockless = self.container.format.name in CLOCKLESS
+        self.is_placed = self.container.format.name in PLACED
+        self.has_clock = not self.is_clockless
         # Without a clock times are made up in the file's order, whatever the order of showing.
         self.in_order = self.has_clock or self.codec.canonical_name not in ("h264", "hevc")
 
@@ -175,6 +181,8 @@ class _Scan:
                 self.first = next(iter(self.context.decode(packet)), None)
         if self.is_certain:
             self._look(packet)
+        if self.is_placed:
+            self.places.append(packet.dts)
         if packet.dts is not None:
             self.has_clock = self.has_clock and (self.last is None or packet.dts >= self.last)
             # Where the clock jumps between frames that are put in order, their times do not tell the order.
@@ -198,7 +206,7 @@ class _Scan:
             self.entries[-1] = (self.entries[-1][0] + frames, *self.entries[-1][1:])
         is_independent = not any(packet.has_sidedata(kind) for kind in OF_ALL_THAT_FOLLOW)
         self.is_certain = self.is_certain and self.reader.is_certain and bool(self.entries) and is_independent
-        self.times += [packet.pts] * frames
+        self.times += [packet.dts if self.is_clockless else packet.pts] * frames
         self.shown += frames
         self.pictures |= {found.picture} if found.picture else set()
 
@@ -224,7 +232,7 @@ class _Scan:
         self.has_clock = self.has_clock and None not in self.times and len(set(self.times)) == len(self.times)
 
     def _require_complete(self) -> None:
-        rate, duration, start = self.stream.average_rate, self.container.duration, self.container.start_time or 0
+        rate, start = self.stream.average_rate, self.container.start_time or 0
         frames = self.packets
         if rate and self.last is not None:  # packets of frames that only repeat may be left out of the file
             frames = max(frames, round((self.last * self.tick - Fraction(start, av.time_base)) * rate) + 1)
@@ -233,15 +241,25 @@ class _Scan:
         most = indexed or self.stream.frames
         if most - frames > max(MISSING_FRAMES, MISSING_SHARE * most):
             raise BadFile(f"is truncated: {frames} frames of the {most} its header promises")
-        if not duration or not rate or not self.end:
-            return
-        promised, there = duration / av.time_base, self.end - min(0.0, start / av.time_base)
-        if promised - there > max(MISSING_FRAMES / float(rate), MISSING_SHARE * promised):
+        promised, there = self._promised_seconds(), self.end - min(0.0, start / av.time_base)
+        if rate and self.end and promised - there > max(MISSING_FRAMES / float(rate), MISSING_SHARE * promised):
             raise BadFile(f"is truncated: {there:.2f} s of the {promised:.2f} s its header promises")
+
+    def _promised_seconds(self) -> float:
+        """Of all streams, by the header; 0 where it does not say.
+
+        AVI counts its frames, and has the length of sound that begins late with a silence that is not there. ASF has
+        one length for all streams, which FFmpeg adds to where the last one begins.
+        """
+        if self.container.format.name == "avi":
+            return 0.0
+        whole = (self.container.duration or 0) / av.time_base
+        own = [float(stream.duration * stream.time_base) for stream in self.container.streams if stream.duration]
+        return min(whole, max(own, default=whole))
 
     def shown_times(self) -> list[float | None]:
         """Of every frame, in seconds, as they are shown."""
-        if not self.has_clock:
+        if not (self.has_clock or self.is_placed) or None in self.times:
             return [None] * self.shown
         return [float(time * self.tick) for time in sorted(self.times)]
 
@@ -276,17 +294,34 @@ class _Scan:
 
     def _clock(self, times: list[float | None]) -> tuple[float, float | None, np.ndarray | None]:
         """Frames a second, the first frame's second, and every frame's where the rate varies."""
-        rate = float(self.stream.average_rate or 0.0)
-        if self.container.format.name in CLOCKLESS:
+        rate, has_gaps = float(self.stream.average_rate or 0.0), self.is_placed and self._has_gaps()
+        if has_gaps and None not in times:
+            delay = min(times) - float(self.places[0] * self.tick)
+            times = [time - delay for time in sorted(times)]  # some decoders hand them out in the file's order
+        if self.is_clockless and not (has_gaps and _ascends(times)):
             return rate, 0.0 if rate else None, None
-        if None in times or any(late >= after for late, after in itertools.pairwise(times)):
+        if not _ascends(times):
             return rate, None, None
         seconds = np.array(times) - (self.container.start_time or 0) / av.time_base
-        if not rate and len(times) > 1:
+        if (not rate or has_gaps) and len(times) > 1:
             rate = round((len(times) - 1) / (seconds[-1] - seconds[0]), 6)
-        even = seconds[0] + np.arange(len(times)) / rate if rate else seconds
-        varies = bool(np.abs(seconds - even).max() > 0.5 / rate) if rate else False
-        return rate, float(seconds[0]), seconds if varies else None
+        return rate, float(seconds[0]), seconds if _varies(seconds, rate) else None
+
+    def _has_gaps(self) -> bool:
+        """Whether packets are left out, as where a stream that varies was copied into AVI, or one of another rate."""
+        if None in self.places:
+            return False
+        return _varies(np.array(self.places) * float(self.tick), float(self.stream.average_rate or 0.0))
+
+
+def _ascends(times: list[float | None]) -> bool:
+    return None not in times and all(late < after for late, after in itertools.pairwise(times))
+
+
+def _varies(seconds: np.ndarray, rate: float) -> bool:
+    """Whether some are half a frame or more away from where a constant rate would have them."""
+    even = seconds[0] + np.arange(len(seconds)) / rate if rate else seconds
+    return bool(np.abs(seconds - even).max() > 0.5 / rate) if rate else False
 
 
 def _decoded_times(path: str) -> list[float | None]:
