@@ -17,7 +17,20 @@ import av
 import numpy as np
 import pytest
 import torch
-from numbered_videos import CASES, H264_B, PATCHES, VP8, VP9, encode, number_of, patches_of, picture, plainly_decoded
+from numbered_videos import (
+    CASES,
+    H264_B,
+    PATCHES,
+    VP8,
+    VP9,
+    encode,
+    number_of,
+    patches_of,
+    picture,
+    plainly_decoded,
+    remux,
+)
+from packet_changes import copied
 from video_files import CPU, loader_of, run_config, write_list
 
 from mvd_fast.config import RunConfig
@@ -283,6 +296,26 @@ def _packets_joined(path: Path, encoder: str, options: dict, pixel_format: str) 
                         packet.stream = copy
                         output.mux(packet)
             part.unlink()
+
+
+@pytest.mark.parametrize(("first", "then"), [("yuvj420p", "yuvj444p"), ("yuvj422p", "yuvj420p")])
+def test_pictures_that_change_their_sampling_are_not_for_dali(first, then, tmp_path):
+    """Motion JPEG of one size: DALI goes on as if all were sampled as the first one is."""
+    path = tmp_path / "both.avi"
+    other = _encoded_packets(tmp_path / "1.avi", then, first=20)
+    encode(tmp_path / "0.avi", "mjpeg", {}, first)
+    remux(tmp_path / "0.avi", path, lambda packets: [*packets[:20], *map(copied, packets[20:], other)])
+    info = media.probe_video(str(path))
+    assert not info.suits_dali(media.DALI_CPU_CODECS) and info.is_certain
+    assert numbers(media.decode_frames(str(path), np.arange(40), info)) == list(range(40))
+    colours = patches_of(media.decode_frames(str(path), np.array([30]), info)[0])
+    assert np.abs(colours - PATCHES).max() < 10
+
+
+def _encoded_packets(path: Path, pixel_format: str, first: int) -> list[bytes]:
+    encode(path, "mjpeg", {}, pixel_format, first=first)
+    with av.open(str(path)) as given:
+        return [bytes(packet) for packet in given.demux(video=0) if packet.size]
 
 
 NO_B = {**H264_B, "bf": 0}

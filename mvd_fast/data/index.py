@@ -17,7 +17,7 @@ from mvd_fast.data.containers import BadFile, UnreadableFile, read_bytes
 from mvd_fast.data.lists import write_beside
 from mvd_fast.data.workers import no_interrupts, worker_pool
 
-VERSION = 3  # one more whenever a scan judges files differently
+VERSION = 4  # one more whenever a scan judges files differently
 INLINE_BELOW = 64  # files; starting processes takes longer than scanning these
 AHEAD = 4  # files handed to each process in advance
 

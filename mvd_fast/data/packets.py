@@ -91,28 +91,31 @@ class IntraReader:
 
 
 class MjpegReader(IntraReader):
-    """Motion JPEG: the frame header (ITU-T T.81, B.2.2) tells the picture's size. Not certain where it changes: a
-    decoder that begins at a lower picture than the container's takes it for a field."""
+    """Motion JPEG: the frame header (ITU-T T.81, B.2.2) tells the picture's size and its components' sampling. Not
+    certain where the size changes: a decoder that begins at a lower picture than the container's takes it for a field.
+    """
 
     def __init__(self, extradata: bytes) -> None:
         super().__init__(extradata)
         self._size: tuple[int, ...] = ()
 
     def look(self, packet: Bytes) -> Shown:
-        size = _jpeg_size(packet)
-        if any(size[1:3]) and any(size[3:5]):  # of a damaged header nothing follows
-            self.is_certain = self.is_certain and self._size in ((), size)
-            self._size = size
-        return Shown(1, entry=True, picture=size)
+        header = _jpeg_header(packet)
+        if any(header[1:3]) and any(header[3:5]):  # of a damaged header nothing follows
+            self.is_certain = self.is_certain and self._size in ((), header[1:5])
+            self._size = header[1:5]
+        return Shown(1, entry=True, picture=header)
 
 
-def _jpeg_size(packet: Bytes) -> tuple[int, ...]:
+def _jpeg_header(packet: Bytes) -> tuple[int, ...]:
+    """Bit depth, height and width in two bytes each, number of components, and their identity and sampling."""
     at = 2
     while at + 9 < len(packet) and packet[at] == 0xFF:
         marker = packet[at + 1]
+        length = int.from_bytes(packet[at + 2 : at + 4], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return tuple(packet[at + 4 : at + 9])
-        at += 2 + int.from_bytes(packet[at + 2 : at + 4], "big") if marker != 0xFF else 1
+            return tuple(packet[at + 4 : at + 2 + length])
+        at += 2 + length if marker != 0xFF else 1
     return ()
 
 
