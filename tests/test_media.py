@@ -21,7 +21,7 @@ from video_kinds import X264, X264_B, coded, moved
 from mvd_fast.data import media, sampling
 from mvd_fast.data.loader import build_source
 from mvd_fast.data.picture import COLOUR_CONVERSION
-from mvd_fast.data.pipeline import build_pipeline
+from mvd_fast.data.pipeline import build_pipeline, failing_samples
 from mvd_fast.data.sampling import SampleKey
 
 KEEP_NEGATIVE = {"avoid_negative_ts": "disabled"}  # of MP4 files: times before zero become an edit list
@@ -254,6 +254,8 @@ def test_a_frame_past_the_end_is_an_error_and_not_memory_that_nobody_wrote(tmp_p
     beyond = sample.inputs._replace(frames=np.full(8, 25, dtype=np.int32))
     with pytest.raises(RuntimeError, match="frame"):
         build_pipeline(spec, lambda step: [sample._replace(inputs=beyond)]).run()
+    reasons = failing_samples(spec, [sample._replace(inputs=beyond)])
+    assert "out-of-bounds frame index 25" in reasons[0]  # which the warning names
 
 
 FILM = """

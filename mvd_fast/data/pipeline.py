@@ -132,5 +132,6 @@ def _failure(spec: PipelineSpec, samples: list[Sample]) -> str | None:
 
 def _short_reason(message: str) -> str:
     """The sentence inside DALI's report, which names source lines and stack frames around it."""
-    found = re.search(r'Assert on ".*?" failed: *(.*)', message) or re.search(r"\] (.*)", message)
+    patterns = (r'Assert on ".*?" failed: *(.*)', r"encountered:\s+(?:\[[^]]*\] )?(.*)", r"\] (.*)")
+    found = next(filter(None, (re.search(pattern, message) for pattern in patterns)), None)
     return (found.group(1) if found else message.splitlines()[0]).strip().rstrip(".")
