@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import dying_worker
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -137,6 +138,16 @@ def test_processes_find_the_same(dataset, monkeypatch):
     monkeypatch.setattr(index, "INLINE_BELOW", 0)
     report = quiet(listed, processes=2)
     assert report.scanned == report.files and report.bad == alone.bad
+
+
+def test_a_file_that_ends_its_process_is_named_and_the_others_are_scanned(dataset, monkeypatch):
+    listed, words = dataset
+    monkeypatch.setattr(index, "INLINE_BELOW", 1)
+    monkeypatch.setattr(index, "AHEAD", 1)
+    monkeypatch.setattr(index, "scan_file", dying_worker.scan_file)
+    bad = by_name(quiet(listed, processes=2).bad)
+    assert bad["short_vp9.webm"].startswith("ends the process that reads it")
+    assert bad.keys() == {"short_vp9.webm", *(name for name in words if not name.startswith("holes"))}
 
 
 def test_the_quarantine_goes_when_nothing_is_bad(tmp_path):

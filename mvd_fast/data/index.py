@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future
-from contextlib import nullcontext
+from concurrent.futures import BrokenExecutor, Executor, Future
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -114,13 +114,20 @@ def is_fresh(facts: FileFacts | None, path: str, decode: bool) -> bool:
 
 def scan_files(paths: Iterable[str], decode: bool, processes: int) -> Iterator[tuple[str, FileFacts]]:
     """Facts of every file, in the order of `paths`."""
-    paths = list(paths)
-    inline = processes <= 1 or len(paths) < INLINE_BELOW
-    with nullcontext() if inline else worker_pool(processes) as pool:
-        if pool is None:
-            yield from ((path, scan_file(path, decode)) for path in paths)
-        else:
-            yield from _scan_ahead(pool, paths, decode, processes * AHEAD)
+    left = list(paths)
+    if processes <= 1 or len(left) < INLINE_BELOW:
+        yield from ((path, scan_file(path, decode)) for path in left)
+        return
+    while left:
+        done = 0
+        with suppress(BrokenExecutor), worker_pool(processes) as pool:
+            for found in _scan_ahead(pool, left, decode, processes * AHEAD):
+                yield found
+                done += 1
+        left = left[done:]
+        for path in left[: processes * AHEAD]:  # a process died: of one of these
+            yield path, _scan_alone(path, decode)
+        left = left[processes * AHEAD :]
 
 
 def _scan_ahead(pool: Executor, paths: list[str], decode: bool, ahead: int) -> Iterator[tuple[str, FileFacts]]:
@@ -133,3 +140,13 @@ def _scan_ahead(pool: Executor, paths: list[str], decode: bool, ahead: int) -> I
             yield done, future.result()
     for path, future in waiting:
         yield path, future.result()
+
+
+def _scan_alone(path: str, decode: bool) -> FileFacts:
+    """In a process of its own, which may die."""
+    try:
+        with worker_pool(1) as pool, no_interrupts():
+            future = pool.submit(scan_file, path, decode)
+        return future.result()
+    except BrokenExecutor:
+        return FileFacts(0, 0, error="ends the process that reads it: too large for the memory, or FFmpeg crashes")
