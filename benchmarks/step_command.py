@@ -8,7 +8,7 @@ from pathlib import Path
 
 from less_work import RECIPES
 
-from mvd_fast.arguments import add_config_arguments
+from mvd_fast.arguments import add_config_arguments, positive
 from mvd_fast.config_file import load_config
 from mvd_fast.files import make_folder
 
@@ -16,8 +16,8 @@ from mvd_fast.files import make_folder
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("mvd-fast bench step", description=__doc__.split(": ", 1)[1])
     add_config_arguments(parser, default="vitb_from_vitb")
-    parser.add_argument("--batch", type=int, default=2, help="clips of a step (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=positive, default=2, help="clips of a step (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument(
         "--recipes", default="exact", help=f"comma-separated, or all: {', '.join(RECIPES)} (default: %(default)s)"
     )

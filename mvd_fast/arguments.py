@@ -3,13 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def positive(text: str) -> int:
     """For argparse: a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return _whole_from(1, text)
+
+
+def whole(text: str) -> int:
+    """For argparse: a whole number from 0 on, such as a seed."""
+    return _whole_from(0, text)
+
+
+def _whole_from(least: int, text: str) -> int:
+    if not text.isdecimal() or not least <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
     return int(text)
+
+
+def above_zero(text: str) -> float:
+    """For argparse: a finite number above 0."""
+    if not (value := _number(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def from_zero(text: str) -> float:
+    """For argparse: a finite number from 0 on."""
+    if not (value := _number(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return value
+
+
+def _number(text: str) -> float:
+    """NaN for what is no finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -83,7 +83,7 @@ def _parser(what: str, commands: dict[str, Command]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         PROGRAM,
         usage=f"{PROGRAM} {what} ...",
-        description=f"Masked video distillation. `{PROGRAM} {what} --help` says what a command takes.",
+        description=f"Masked video distillation.\n`{PROGRAM} {what} --help` says what a command takes.",
         epilog="commands:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

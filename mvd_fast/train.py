@@ -76,7 +76,11 @@ def _parse(argv: Sequence[str] | None, program: str, purpose: str, place: launch
 
 def _run(args: argparse.Namespace, check: Check, script: str, place: launch.Placement) -> int:
     if args.ranks and (place.world_size > 1 or "RANK" in os.environ):
-        raise UserError(f"--ranks {args.ranks} starts ranks, but a launcher has started this process as one: drop it")
+        error = UserError(f"--ranks {args.ranks} starts ranks, but a launcher has started this process as one: drop it")
+        error.everywhere = True
+        raise error
+    if args.dry_run and place.rank:
+        return 0  # rank 0 does it alone
     fault = prepared = validate = None
     try:
         config = _config(args, check)
@@ -93,7 +97,8 @@ def _run(args: argparse.Namespace, check: Check, script: str, place: launch.Plac
         make_folder(config.output_dir)
         prepared, validate = _prepare(config, place)
     except UserError as error:
-        if place.world_size == 1:
+        if place.world_size == 1 or args.dry_run:
+            error.everywhere = True
             raise
         fault = error
     with launch.init_process_group():
@@ -104,9 +109,8 @@ def _run(args: argparse.Namespace, check: Check, script: str, place: launch.Plac
 def _dry_run(config: RunConfig, place: launch.Placement) -> int:
     from mvd_fast.planning.preview import preview
 
-    if place.rank == 0:
-        prepared, _ = _prepare(config, place)
-        preview(prepared)
+    prepared, _ = _prepare(config, place)
+    preview(prepared)
     return 0
 
 

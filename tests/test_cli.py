@@ -111,6 +111,14 @@ def test_help_of_a_group_lists_its_commands(capsys):
     assert not stop.value.code and "\n  list " in shown and "\n  show " in shown and "doctor" not in shown
 
 
+@pytest.mark.parametrize("name", [*cli.COMMANDS, *sorted({name.split()[0] for name in cli.COMMANDS if " " in name})])
+def test_help_fits_80_columns(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([*name.split(), "--help"])
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
 def test_config_show_does_not_import_torch():
     code = """
 import sys
@@ -190,6 +198,35 @@ def test_bad_option_exits_2(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["demo", "--size", "huge"])
     assert stop.value.code == 2 and "invalid choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command, option, value, kind",
+    [
+        ("data check LIST", "--min-frames", "-3", "whole number from 1"),
+        ("data check LIST", "--processes", "0", "whole number from 1"),
+        ("data show LIST", "--seed", "-1", "whole number from 0"),
+        ("demo", "--seed", "-1", "whole number from 0"),
+        ("demo", "--seed", str(2**63), "whole number from 0"),
+        ("convert SRC DST --to mvd", "--heads", "0", "whole number from 1"),
+        ("convert SRC DST --to mvd", "--image-size", "-8", "whole number from 1"),
+        ("convert SRC DST --to mvd", "--frames", "0", "whole number from 1"),
+        ("probe RUN --train LIST --test LIST", "--regularisation", "0", "number above 0"),
+        ("probe RUN --train LIST --test LIST", "--temperature", "inf", "number above 0"),
+        ("probe RUN --train LIST --test LIST", "--lr", "nan", "number above 0"),
+        ("probe RUN --train LIST --test LIST", "--weight-decay", "-0.1", "number from 0"),
+        ("ava-evaluate RUN --annotations CSV --label-map MAP", "--threshold", "nan", "number from 0"),
+        ("bench step", "--batch", "0", "whole number from 1"),
+        ("bench step", "--rounds", "none", "whole number from 1"),
+        ("plan --config vitl --gpus 8", "--decode-fps", "nan", "number above 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(command, option, value, kind, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), option, value])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and said.startswith(f"mvd-fast {command.split(' ')[0]}")
+    assert said.endswith(f"error: argument {option}: {value!r} is not a {kind}{' on' if 'from' in kind else ''}")
 
 
 def test_config_show_prints_what_loads_equal(tmp_path, capsys):

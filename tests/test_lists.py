@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mvd_fast.data.lists import Entry, ListError, parse_line, read_dataset
+from mvd_fast.data.lists import Entry, ListError, class_folders, parse_line, read_dataset
 from mvd_fast.errors import UserError
 from mvd_fast.names import printable, split_lines
 
@@ -271,6 +271,22 @@ def test_a_folder_that_links_to_its_parent_is_visited_once(tmp_path, target):
     assert found == expected
 
 
+@pytest.mark.parametrize("target", [".", "..", "../../.."])
+@pytest.mark.parametrize("place", ["link", "ant/link"])
+def test_a_link_to_what_a_set_lies_in_is_no_class_and_brings_no_files(tmp_path, place, target):
+    root = tmp_path / "outer" / "root"
+    for name in ("ant/a.mp4", "bee/b.mp4"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).touch()
+    (tmp_path / "outer" / "c.mp4").touch()
+    (root / place).symlink_to(target)
+    (tmp_path / "way").symlink_to(root)
+    for folder in (root, tmp_path / "way"):
+        assert class_folders(str(folder)) == ["ant", "bee"]
+        found = [(os.path.relpath(entry.path, folder), entry.label) for entry in read_dataset(str(folder))]
+        assert found == [("ant/a.mp4", "ant"), ("bee/b.mp4", "bee")]
+
+
 def test_links_to_other_folders_are_followed(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "x.mp4").touch()
@@ -323,6 +339,8 @@ def test_errors_name_file_and_line(tmp_path, text, words):
 def test_missing_lists_and_what_is_none(tmp_path):
     with pytest.raises(ListError, match="does not exist; give a text file"):
         read_dataset(str(tmp_path / "none.txt"))
+    with pytest.raises(ListError, match=r"^/dev/null is neither a file nor a folder; give a text file"):
+        read_dataset("/dev/null")
     (tmp_path / "holiday.MP4").write_bytes(b"\0\0\0 ftypisom")
     with pytest.raises(
         ListError, match=r"holiday\.MP4 is a single video or image where a list belongs; write its name"

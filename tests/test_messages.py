@@ -163,6 +163,24 @@ def test_wrong_arguments_are_said_once() -> None:
     assert "unrecognized arguments: --bogus" in said[0][1] and said[1][1] == ""
 
 
+@pytest.mark.parametrize(
+    "arguments, said, status",
+    [
+        (("--ranks", "2"), "mvd-fast: error: --ranks 2 starts ranks, but a launcher has started this process", 2),
+        (("--dry-run", "--set", "data.train=/nowhere"), "mvd-fast: error: data.train: /nowhere does not exist", 2),
+        (("--dry-run", "--set", "batch.size=7"), "mvd-fast: error: batch.size 7 is not a multiple of 2 ranks", 2),
+        (("--dry-run",), "mvd-fast: tiny, dry run", 0),
+    ],
+)
+def test_what_needs_no_group_of_ranks_is_said_once(
+    inputs: Path, tmp_path: Path, arguments: tuple[str, ...], said: str, status: int
+) -> None:
+    """The ranks that have nothing to say leave, and none waits for them."""
+    command = [sys.executable, "-m", "mvd_fast.train", "--config", str(config_file(inputs, tmp_path)), *arguments]
+    (first, heard), (_, second) = [tiny_runs.finish(process) for process in tiny_runs.start_ranks(command)]
+    assert first == status and heard.startswith(said) and second == ""
+
+
 def test_what_one_rank_finds_is_said_with_its_number() -> None:
     script = """
 import sys

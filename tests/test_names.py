@@ -142,7 +142,9 @@ def test_a_quarantine_of_the_earlier_form_is_not_passed_over(tmp_path):
     assert not old.exists() and list(read_quarantine(str(listed))) == [str(tmp_path / "b_vp9.webm")]
 
 
-@pytest.mark.parametrize("line", ["a.mp4\tbroken", '{"path": "a.mp4"}', "[]", "3"])
+@pytest.mark.parametrize(
+    "line", ["a.mp4\tbroken", '{"path": "a.mp4"}', '{"path": null, "reason": "is empty"}', "[]", "3"]
+)
 def test_a_faulty_line_of_a_quarantine_is_named(tmp_path, line):
     Path(quarantine_path(str(tmp_path / "list.txt"))).write_text('{"path": "b", "reason": "is empty"}\n\n' + line)
     with pytest.raises(ListError, match=r"list\.txt\.quarantine\.jsonl, line 3: it must be a JSON object such as"):

@@ -168,6 +168,25 @@ def test_a_norm_that_is_replaced_is_used(case, norm) -> None:
     assert_alike(run(ours, inputs), run(theirs, inputs), TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("case", ["timm", "reference", "VideoMAEModel"])
+def test_a_forward_that_all_norms_of_a_class_get_is_used(case, monkeypatch) -> None:
+    ours, theirs, inputs, _ = twins(case)
+    for kind in {type(one) for one in theirs.modules() if isinstance(one, nn.LayerNorm)}:
+        monkeypatch.setattr(kind, "forward", lambda self, x, forward=kind.forward: scaled(forward(self, x)))
+    assert_alike(run(ours, inputs), run(theirs, inputs), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("case", ["timm", "reference"])
+def test_a_scale_that_is_set_counts_where_the_original_reads_it(case) -> None:
+    """timm's fused attention does not: it hands no scale to torch."""
+    ours, theirs, inputs, _ = twins(case)
+    for model in (ours, theirs):
+        for part in model.modules():
+            if hasattr(part, "scale"):
+                part.scale *= 2
+    assert_alike(run(ours, inputs), run(theirs, inputs), TOLERANCE[torch.float32])
+
+
 def test_patching_again_takes_what_is_there_now(calls) -> None:
     ours, _, inputs, patch = twins("timm")
     for block in ours.blocks:

@@ -114,6 +114,23 @@ def test_damaged_checkpoints_are_passed_over(
         checkpoint.verify(before)
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"", b"[]", b"{}"])
+def test_a_damaged_manifest_is_passed_over(damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place = checkpoint.folder(tmp_path) / f"{checkpoint.PREFIX}00000001"
+    place.mkdir(parents=True)
+    (place / checkpoint.MANIFEST).write_bytes(damage)
+    assert checkpoint.newest_valid(tmp_path) is None
+    assert "its manifest.json is unreadable" in caplog.text
+
+
+def test_a_place_without_a_checkpoint_is_refused_with_what_is_taken(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "none"):
+        with pytest.raises(
+            checkpoint.CheckpointError, match=r"^--resume .* is no checkpoint: it takes auto, never, or a"
+        ):
+            checkpoint.find_start(tmp_path, str(place))
+
+
 def test_every_file_of_a_run_has_the_umasks_mode(uninterrupted: Path) -> None:
     os.umask(umask := os.umask(0))
     files = [path for path in uninterrupted.rglob("*") if path.is_file()]

@@ -13,6 +13,7 @@ from statistics import median
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mvd_fast.arguments import positive
 from mvd_fast.data import images, media
 from mvd_fast.data.index import FileFacts, is_fresh, load_index, save_index, scan_files
 from mvd_fast.data.lists import read_dataset, side_file
@@ -82,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("mvd-fast data check", description="Scan every file of a list or folder, once.")
     parser.add_argument("list", metavar="LIST", help="list file (`path label` a line) or folder of class folders")
     parser.add_argument("--root", default="", help="folder that relative paths start from (default: the list's)")
-    parser.add_argument("--min-frames", type=int, default=1, help="set shorter videos aside (default: %(default)s)")
+    parser.add_argument("--min-frames", type=positive, default=1, help="set shorter ones aside (default: %(default)s)")
     parser.add_argument("--decode", action="store_true", help="decode every frame: slow, finds damage inside files")
-    parser.add_argument("--processes", type=int, default=None, help="processes that scan (default: one per CPU)")
+    parser.add_argument("--processes", type=positive, default=None, help="processes that scan (default: one per CPU)")
     chosen = parser.parse_args(argv)
     report = check_list(chosen.list, chosen.root, chosen.min_frames, chosen.decode, chosen.processes)
     _print(report, Console(soft_wrap=True, highlight=False))

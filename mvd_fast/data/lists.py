@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from mvd_fast.errors import UserError
@@ -49,8 +50,9 @@ def read_dataset(
     elif os.path.isfile(train):
         entries = _read_list(train, root, need_labels)
     else:
+        found = "is neither a file nor a folder" if os.path.exists(train) else "does not exist"
         raise ListError(
-            f"{printable(train)} does not exist; give a text file with one `path label` a line, or a folder with one "
+            f"{printable(train)} {found}; give a text file with one `path label` a line, or a folder with one "
             "folder per class"
         )
     if not entries:
@@ -259,10 +261,12 @@ def _require_disks_encoding(train: str, entries: list[Entry]) -> None:
 
 
 def class_folders(folder: str) -> list[str]:
-    """Names of the class folders in a folder, in the order of their labels."""
+    """Names of the class folders in a folder, in the order of their labels; a link to what it lies in is none."""
     try:
+        outside = _with_parents(folder)
         with os.scandir(folder) as items:
-            return sorted(item.name for item in items if item.is_dir() and not item.name.startswith("."))
+            inside = [item.name for item in items if item.is_dir() and not item.name.startswith(".")]
+        return sorted(name for name in inside if _identity(os.path.join(folder, name)) not in outside)
     except OSError as error:
         raise _unlistable(error) from error
 
@@ -273,16 +277,12 @@ def _read_folder(folder: str, extensions: tuple[str, ...]) -> list[Entry]:
     classes = class_folders(folder)
     if not classes:
         return [Entry(path, None) for path in _files_below(folder, extensions)]
-    return [
-        Entry(path, name)
-        for name in classes
-        for path in _files_below(os.path.join(folder, name), extensions, {_identity(folder)})
-    ]
+    return [Entry(path, name) for name in classes for path in _files_below(os.path.join(folder, name), extensions)]
 
 
-def _files_below(folder: str, extensions: tuple[str, ...], seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
-    """Links are followed, but no folder is visited twice: a link to a parent ends there."""
-    seen = {*seen, _identity(folder)}
+def _files_below(folder: str, extensions: tuple[str, ...]) -> Iterator[str]:
+    """Links are followed, but no folder is visited twice, and none that this one lies in: links to those end there."""
+    seen = _with_parents(folder)
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise_unlistable):
         inside = {_identity(os.path.join(parent, name)): name for name in sorted(folders, reverse=True)}
         folders[:] = sorted(name for identity, name in inside.items() if identity not in seen)
@@ -290,6 +290,12 @@ def _files_below(folder: str, extensions: tuple[str, ...], seen: Collection[tupl
         for name in sorted(files):
             if not name.startswith(".") and (not extensions or name.lower().endswith(extensions)):
                 yield os.path.join(parent, name)
+
+
+def _with_parents(folder: str) -> set[tuple[int, int]]:
+    """The identities of a folder and of all that it lies in, by its path as given and without links."""
+    paths = (os.path.abspath(folder), os.path.realpath(folder))
+    return {_identity(str(one)) for path in paths for one in (path, *Path(path).parents)}
 
 
 def _identity(folder: str) -> tuple[int, int]:

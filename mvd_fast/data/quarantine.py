@@ -45,7 +45,7 @@ def write_quarantine(train: str, bad: dict[str, str]) -> None:
 def _parsed(path: str, number: int, line: str) -> tuple[str, str]:
     try:
         found = json.loads(line)
-        return found["path"], str(found["reason"])
+        return os.fspath(found["path"]), str(found["reason"])
     except (ValueError, KeyError, TypeError) as error:
         raise ListError(
             f'{printable(path)}, line {number}: it must be a JSON object such as {{"path": "a.mp4", "reason": "..."}}; '

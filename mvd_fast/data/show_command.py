@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from mvd_fast.arguments import add_set_argument, positive
+from mvd_fast.arguments import add_set_argument, positive, whole
 from mvd_fast.config import RunConfig
 from mvd_fast.config_file import load_config
 from mvd_fast.errors import UserError
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     program = "mvd-fast data show"
     parser = argparse.ArgumentParser(
         program,
-        usage=f"{program} [-h] LIST_OR_FILE [--samples N] [--epoch E] [--out FOLDER] [...]\n"
+        usage=f"{program} [-h] LIST_OR_FILE [--samples N] [--out FOLDER] [...]\n"
         f"       {program} FILE --frames 0,7,14 --out FILE.npz",
         description="What training sees: an animation and a sheet of each sample, out of training's own loader (crop, "
         "mask, numbers of the frames, decoder). With --frames, decoded frames of one file as NumPy arrays.",
@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="", metavar="PATH", help="folder to write to (default: shown), or .npz file")
     group = parser.add_argument_group("samples")
     group.add_argument("--samples", type=positive, default=OF_SAMPLES["samples"], metavar="N", help="how many (4)")
-    group.add_argument("--epoch", type=_whole, default=OF_SAMPLES["epoch"], metavar="E", help="from 0 on (0)")
-    group.add_argument("--seed", type=_whole, metavar="S", help="of the run (default: the config's)")
+    group.add_argument("--epoch", type=whole, default=OF_SAMPLES["epoch"], metavar="E", help="from 0 on (0)")
+    group.add_argument("--seed", type=whole, metavar="S", help="of the run (default: the config's)")
     group.add_argument("--root", default="", metavar="FOLDER", help="where a list's relative paths start")
     group.add_argument(
         "--config",
@@ -92,9 +92,3 @@ def _parser() -> argparse.ArgumentParser:
         "[n, H, W, 3] and `index` [n]",
     )
     return parser
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from mvd_fast.arguments import whole
+
 DEFAULT_OUT = {"full": "runs/demo", "medium": "runs/demo-medium", "quick": "runs/demo-quick"}
 
 
@@ -16,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where everything goes (default: runs/demo, runs/demo-<size>)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the clips and all three trainings (%(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="of the clips and all three trainings (%(default)s)")
     args = parser.parse_args(argv)
 
     from mvd_fast.demo.run import Demo

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvd_fast.arguments import add_network_arguments, positive
+from mvd_fast.arguments import add_network_arguments, from_zero, positive
 from mvd_fast.data import ava_files
 from mvd_fast.errors import UserError
 from mvd_fast.files import make_folder, write_text
@@ -236,7 +236,10 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     _add_truth(parser)
     parser.add_argument("--proposals", metavar="CSV", help="person boxes with scores (default: the true boxes)")
     parser.add_argument(
-        "--threshold", type=float, default=THRESHOLD, help="score that a person box must reach (default: %(default)s)"
+        "--threshold",
+        type=from_zero,
+        default=THRESHOLD,
+        help="score that a person box must reach (default: %(default)s)",
     )
     parser.add_argument("--root", default="", help="folder of the videos (default: the annotations')")
     parser.add_argument("--out", metavar="CSV", help="the detections (default: ava_detections.csv in CHECKPOINT)")

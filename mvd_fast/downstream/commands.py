@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mvd_fast.arguments import add_checkpoint_arguments, add_network_arguments, positive
+from mvd_fast.arguments import above_zero, add_checkpoint_arguments, add_network_arguments, from_zero, positive
 from mvd_fast.data.labels import Labelled, read_labelled, together, with_numbers
 from mvd_fast.data.lists import Entry, ListError, read_dataset
 from mvd_fast.errors import UserError
@@ -301,14 +301,16 @@ def _probe_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kind", default="linear,knn", help=f"of {', '.join(KINDS)} (default: %(default)s)")
     parser.add_argument("--out", metavar="JSON", help="write the results to this file, too")
     parser.add_argument("--seeds", default="0", help="attentive: one training for each (default: %(default)s)")
-    parser.add_argument("--regularisation", type=float, default=1.0, help="linear: scikit-learn's C, larger is weaker")
+    parser.add_argument(
+        "--regularisation", type=above_zero, default=1.0, help="linear: scikit-learn's C, larger is weaker"
+    )
     parser.add_argument("--neighbours", type=positive, default=NEIGHBOURS, help="knn (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="knn (default: %(default)s)")
+    parser.add_argument("--temperature", type=above_zero, default=TEMPERATURE, help="knn (default: %(default)s)")
     settings = AttentiveSettings()
     parser.add_argument("--epochs", type=positive, default=settings.epochs, help="attentive (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=settings.batch, help="attentive (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=settings.lr, help="attentive (default: %(default)s)")
-    parser.add_argument("--weight-decay", type=float, default=settings.weight_decay, help="attentive")
+    parser.add_argument("--lr", type=above_zero, default=settings.lr, help="attentive (default: %(default)s)")
+    parser.add_argument("--weight-decay", type=from_zero, default=settings.weight_decay, help="attentive")
     _add_network_options(parser)
     return parser
 

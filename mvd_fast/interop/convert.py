@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from mvd_fast.arguments import positive
 from mvd_fast.errors import UserError
 
 from . import layouts
@@ -40,11 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC", help="file or folder to read")
     parser.add_argument("target", metavar="DST", help="hf: a folder; else a file ending in .safetensors or .pth")
     parser.add_argument("--to", required=True, choices=layouts.names(), help="whose names and files to write")
-    parser.add_argument("--heads", type=int, help="attention heads, where the width is not that of ViT-S, B, L or H")
+    parser.add_argument(
+        "--heads", type=positive, help="attention heads, where the width is not that of ViT-S, B, L or H"
+    )
     parser.add_argument("--positions", choices=("3d", "1d"), help="of a video network that does not store its table: "
                         "3d as in MVD, 1d as in VideoMAE")  # fmt: skip
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="make the position tables for this size")
-    parser.add_argument("--frames", type=int, metavar="N", help="make the position tables for clips of N frames")
+    parser.add_argument("--image-size", type=positive, metavar="PIXELS", help="make the position tables for this size")
+    parser.add_argument("--frames", type=positive, metavar="N", help="make the position tables for clips of N frames")
     parser.add_argument("--partial", action="store_true", help="convert what fits and list the rest, not an error then")
     parser.add_argument("--force", action="store_true", help="replace DST if it exists")
     return parser

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from mvd_fast.arguments import add_config_arguments, positive
+from mvd_fast.arguments import above_zero, add_config_arguments, positive
 from mvd_fast.config_file import ConfigError, load_config
 from mvd_fast.files import write_text
 
@@ -73,18 +72,8 @@ def _table(title: str, figures: Sequence[Figure]) -> Table:
     return table
 
 
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
 def _share(text: str) -> float:
-    value = _positive_float(text)
+    value = above_zero(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is more than 1: it is a share, such as 0.4")
     return value
@@ -105,11 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--network-gb-s",
-        type=_positive_float,
+        type=above_zero,
         default=NETWORK_GB_S,
         metavar="R",
         help="GB/s of each GPU to other machines, one direction (default: %(default)s)",
     )
-    parser.add_argument("--decode-fps", type=_positive_float, metavar="R", help="frames a second that a GPU decodes")
+    parser.add_argument("--decode-fps", type=above_zero, metavar="R", help="frames a second that a GPU decodes")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     return parser

@@ -133,6 +133,11 @@ def find_start(run_dir: str | Path, resume: str) -> Path | None:
             )
         return None
     path = Path(resume)
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(
+            f"--resume {resume} is no checkpoint: it takes auto, never, or a folder with a {MANIFEST}, such as one in "
+            f"{folder(run_dir)}"
+        )
     verify(path)
     if newer := [p.name for p in there if p.name > path.name]:
         raise CheckpointError(
@@ -156,7 +161,7 @@ def verify(path: Path) -> Manifest:
     """The manifest, after every file's size and checksum were found right. Raises CheckpointError."""
     try:
         manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, TypeError, ValueError) as error:  # of text and of JSON
         raise CheckpointError(f"{path} is no checkpoint of mvd-fast: its {MANIFEST} is unreadable ({error})") from error
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path} has format {manifest.format}, this version reads format {FORMAT}")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mvd_kernels.add_layer_norm import add_layer_norm
-from mvd_kernels.patch._fallback import PatchError, is_patched, left_out, must_call, probed, refusal
+from mvd_kernels.patch._fallback import Kinds, PatchError, is_patched, kinds, left_out, must_call, probed, refusal
 
 _HEAD_STEP, _LARGEST_HEAD = 16, 128  # of the attention kernels
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # else that of bf16
@@ -103,9 +103,9 @@ def _reduce(self: nn.Module, protocol: int) -> tuple | str:
     return _bare, (layer, original, type(self)._mvd_probed[0]), self.__getstate__()
 
 
-def _bare(layer: type[nn.Module], original: type[nn.Module], kinds: tuple) -> nn.Module:
+def _bare(layer: type[nn.Module], original: type[nn.Module], kinds: Kinds) -> nn.Module:
     """What pickle and deepcopy fill with the state."""
-    made = _fused_class(layer, original, (kinds, getattr(original, _method(layer))))
+    made = _fused_class(layer, original, probed(original, _method(layer), kinds))
     return made.__new__(made)
 
 
@@ -145,7 +145,7 @@ def swap(module: nn.Module, layer: type[nn.Module], calls: frozenset[str], probe
     original, method, parts = type(module), _method(layer), left_out(module, calls)
     if reason := _other_form(module, layer, method) or must_call(module, parts):
         return reason
-    fused = _fused_class(layer, original, probed(original, method, parts))
+    fused = _fused_class(layer, original, probed(original, method, kinds(parts)))
     problem = (
         None
         if probe is None or any(one.is_meta for one in module.parameters())

@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _has_any_global_hook
 
 Parts = list[tuple[str, nn.Module]]
+Kinds = tuple[tuple[str, type[nn.Module]], ...]
 
 
 class PatchError(ValueError):
@@ -85,11 +86,18 @@ def must_call(module: nn.Module, parts: Parts) -> str | None:
         if "forward" in vars(part):
             return f"the forward of {name} has been replaced by someone else"
     fused = type(module)
-    if is_patched(module) and fused._mvd_probed != probed(fused._mvd_unpatched, fused._mvd_method, parts):
+    if is_patched(module) and fused._mvd_probed != probed(fused._mvd_unpatched, fused._mvd_method, kinds(parts)):
         return "it is no longer what it was when it was patched"
     return None
 
 
-def probed(original: type[nn.Module], method: str, parts: Parts) -> tuple:
-    """All that a probe has seen beside numbers: the classes of `parts`, and the function that computes with them."""
-    return tuple((name, type(part)) for name, part in parts), getattr(original, method)
+def kinds(parts: Parts) -> Kinds:
+    return tuple((name, type(part)) for name, part in parts)
+
+
+def probed(original: type[nn.Module], method: str, kinds: Kinds) -> tuple:
+    """All that a probe has seen beside numbers: the classes of the parts, their forwards, and what computes with them.
+
+    Somebody may replace the forward of a class, for all modules at once.
+    """
+    return kinds, tuple(kind.forward for _, kind in kinds), getattr(original, method)

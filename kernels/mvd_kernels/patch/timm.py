@@ -34,7 +34,8 @@ class TimmAttention(nn.Module):
         ):
             return original(TimmAttention, self)(x, **_given(attn_mask, is_causal))
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        return self.proj_drop(self.proj(attention(q, k, v, self.scale).flatten(2)))
+        scale = None if hasattr(self, "fused_attn") else self.scale  # which timm's fused attention does not read
+        return self.proj_drop(self.proj(attention(q, k, v, scale).flatten(2)))
 
 
 class TimmBlock(nn.Module):
