@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvd_kernels import shapes
 from mvd_kernels._checks import FLOAT, OPTIONAL, Checks
 from mvd_kernels._dispatch import autocast_dtype
 from mvd_kernels._operator import Operator
@@ -300,11 +301,12 @@ def _launch_backward(grad_sum, grad_normed, total, weight, bias, mean, rstd, sca
 
 
 def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Two clips in the encoders, of 160 visible tokens, and in the decoders, of 1568."""
-    encoders = {"ViT-S": (160, 384), "ViT-B": (160, 768), "ViT-L": (160, 1024), "ViT-H": (160, 1280)}
-    decoders = {f"decoder {width}": (1568, width) for width in (384, 768, 512, 640)}
-    shapes, dtypes = encoders | decoders, (torch.bfloat16, torch.float32)
-    for (name, (tokens, width)), dtype in itertools.product(shapes.items(), dtypes):
+    """Two clips in the encoders, of the visible tokens, and in the decoders, of all."""
+    encoders = {name: (shapes.VISIBLE, recipe.width) for name, recipe in shapes.RECIPES.items()}
+    widths = [recipe.decoder_width for recipe in shapes.RECIPES.values()]
+    decoders = {f"decoder {width}": (shapes.TOKENS, width) for width in widths}
+    layers, dtypes = encoders | decoders, (torch.bfloat16, torch.float32)
+    for (name, (tokens, width)), dtype in itertools.product(layers.items(), dtypes):
         x = torch.empty(2, tokens, width, dtype=dtype, device="meta")
         weight, per_row = x[0, 0], torch.empty(2 * tokens, device="meta")
         case = f"{name} {str(dtype)[6:]}"

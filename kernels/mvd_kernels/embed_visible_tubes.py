@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvd_kernels import shapes
 from mvd_kernels._checks import FLOAT, INDEX, OPTIONAL, Checks, describe
 from mvd_kernels._dispatch import autocast_dtype
 from mvd_kernels._operator import Operator
@@ -402,20 +403,20 @@ def _launch_backward(grad, video, weight, visible_index, mean, std, needed, pos_
 
 
 def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """The students' 160 visible tubes of two clips, in bytes and as floats, and the image teachers' whole images."""
-    on_meta = partial(torch.empty, device="meta")
-    shapes = {"ViT-S": (384, 2, 16), "ViT-B": (768, 2, 16), "ViT-L": (1024, 2, 16), "ViT-H": (1280, 2, 16)}
-    shapes["image ViT-H"] = (1280, 1, 14)
-    for (name, (width, t, p)), dtype in itertools.product(shapes.items(), (torch.bfloat16, torch.float32)):
-        frames, case = 8 * t if t > 1 else 1, f"{name} {str(dtype)[6:]}"
+    """The students' visible tubes of two clips, in bytes and as floats, and the image teachers' whole images."""
+    on_meta, side = partial(torch.empty, device="meta"), shapes.IMAGE_SIZE
+    tubes = {name: (recipe.width, shapes.TUBELET, shapes.PATCH) for name, recipe in shapes.RECIPES.items()}
+    tubes["image ViT-H"] = (shapes.RECIPES["ViT-H"].width, 1, shapes.IMAGE_PATCH_H)
+    for (name, (width, t, p)), dtype in itertools.product(tubes.items(), (torch.bfloat16, torch.float32)):
+        frames, case = shapes.FRAMES if t > 1 else 1, f"{name} {str(dtype)[6:]}"
         weight, bias = on_meta(width, 3, t, p, p, dtype=dtype), on_meta(width, dtype=dtype)
-        tokens = frames // t * (224 // p) ** 2
-        index = on_meta(2, tokens if t == 1 else 160, dtype=torch.int64)
+        tokens = frames // t * (side // p) ** 2
+        index = on_meta(2, tokens if t == 1 else shapes.VISIBLE, dtype=torch.int64)
         pos, grad = on_meta(1, tokens, width, dtype=dtype), on_meta(*index.shape, width, dtype=dtype)
-        floats = (on_meta(2, 3, frames, 224, 224), (), ())
+        floats = (on_meta(2, 3, frames, side, side), (), ())
         yield f"{case} floats", partial(_launch, floats[0], weight, bias, pos, index, *floats[1:])
         if t > 1:
-            pixels = (on_meta(2, frames, 224, 224, 3, dtype=torch.uint8), *_NO_CHANGE)
+            pixels = (on_meta(2, frames, side, side, 3, dtype=torch.uint8), *_NO_CHANGE)
             yield f"{case} bytes", partial(_launch, pixels[0], weight, bias, pos, index, *pixels[1:])
             for kind, (video, mean, std) in (("floats", floats), ("bytes", pixels)):
                 needed = (video.is_floating_point(), True, True, True)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvd_kernels import shapes
 from mvd_kernels._checks import FLOAT, OPTIONAL, Checks, describe
 from mvd_kernels._dispatch import autocast_dtype, extension
 from mvd_kernels._operator import Operator, has_tangent
@@ -224,10 +225,9 @@ def _launch(x, values, scale, packed, bias, gelu):
 
 
 def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    for size, dim in (("ViT-B", 768), ("ViT-L", 1024), ("ViT-H", 1280)):
-        layers = {"qkv": (dim, 3 * dim), "proj": (dim, dim), "fc1": (dim, 4 * dim), "fc2": (4 * dim, dim)}
-        for layer, (depth, width) in layers.items():
-            for rows in (3136, 25088):
+    for size, dim in shapes.TEACHERS.items():
+        for layer, (depth, width) in shapes.linear_layers(dim).items():
+            for rows in (2 * shapes.TOKENS, 16 * shapes.TOKENS):
                 for name, dtype in FORMATS.items():
                     x = torch.empty(rows, depth, dtype=torch.bfloat16, device="meta")
                     values = torch.empty(width, depth, dtype=dtype, device="meta")

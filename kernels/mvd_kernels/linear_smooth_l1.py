@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvd_kernels import shapes
 from mvd_kernels._checks import FLOAT, INDEX, OPTIONAL, Checks, describe
 from mvd_kernels._dispatch import autocast_dtype
 from mvd_kernels._operator import Operator
@@ -232,16 +233,14 @@ def _launch(x, weight, bias, target, index, beta, normalize, need_x, need_weight
 
 
 def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    meta = {"device": "meta"}
-    heads = (("ViT-S", 384, 768), ("ViT-B", 768, 768), ("ViT-L", 512, 1024), ("ViT-H", 640, 1280))
-    for name, depth, width in heads:
+    on_meta = partial(torch.empty, device="meta")
+    for name, recipe in shapes.RECIPES.items():
+        depth, width = recipe.decoder_width, recipe.target_width
         for dtype in (torch.bfloat16, torch.float32):
-            x, target = (
-                torch.empty(2, 1408, depth, dtype=dtype, **meta),
-                torch.empty(2, 1568, width, dtype=dtype, **meta),
-            )
-            weight, bias = torch.empty(width, depth, dtype=dtype, **meta), torch.empty(width, dtype=dtype, **meta)
-            index = torch.empty(2, 1408, dtype=torch.int64, **meta)
+            x = on_meta(2, shapes.MASKED, depth, dtype=dtype)
+            target = on_meta(2, shapes.TOKENS, width, dtype=dtype)
+            weight, bias = on_meta(width, depth, dtype=dtype), on_meta(width, dtype=dtype)
+            index = on_meta(2, shapes.MASKED, dtype=torch.int64)
             for normalize in (False, True):
                 case = f"{name} {str(dtype)[6:]}{' normalised' if normalize else ''}"
                 yield case, partial(_launch, x, weight, bias, target, index, 1.0, normalize, True, True, True)

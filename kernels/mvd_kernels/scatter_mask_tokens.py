@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvd_kernels import shapes
 from mvd_kernels._checks import FLOAT, INDEX, OPTIONAL, Checks
 from mvd_kernels._dispatch import autocast_dtype
 from mvd_kernels._operator import Operator
@@ -199,16 +200,16 @@ def _launch_backward(grads, x, weights, visible_index, masked_index, needed, tok
 
 
 def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Two clips with 160 visible tokens of 1568, and both decoders of MVD."""
-    on_meta = partial(torch.empty, device="meta")
-    recipes = {"ViT-S": (384, 384), "ViT-B": (768, 768), "ViT-L": (1024, 512), "ViT-H": (1280, 640)}
-    for (name, (width, decoder)), dtype in itertools.product(recipes.items(), (torch.bfloat16, torch.float32)):
-        x, case = on_meta(2, 160, width, dtype=dtype), f"{name} {str(dtype)[6:]}"
-        visible, masked = on_meta(2, 160, dtype=torch.int64), on_meta(2, 1408, dtype=torch.int64)
+    """Two clips, and both decoders of MVD."""
+    on_meta, tokens = partial(torch.empty, device="meta"), shapes.TOKENS
+    for (name, recipe), dtype in itertools.product(shapes.RECIPES.items(), (torch.bfloat16, torch.float32)):
+        width, decoder = recipe.width, recipe.decoder_width
+        x, case = on_meta(2, shapes.VISIBLE, width, dtype=dtype), f"{name} {str(dtype)[6:]}"
+        visible, masked = (on_meta(2, count, dtype=torch.int64) for count in (shapes.VISIBLE, shapes.MASKED))
         weights, vectors = [on_meta(decoder, width, dtype=dtype)] * 2, [on_meta(decoder, dtype=dtype)] * 2
-        pos, grads = [on_meta(1, 1568, decoder, dtype=dtype)] * 2, [on_meta(2, 1568, decoder, dtype=dtype)] * 2
+        pos, grads = ([on_meta(count, tokens, decoder, dtype=dtype)] * 2 for count in (1, 2))
         yield case, partial(_launch, x, weights, vectors, vectors, pos, visible, masked)
-        yield case, partial(_launch_backward, grads, x, weights, visible, masked, [True] * 9, 1568)
+        yield case, partial(_launch_backward, grads, x, weights, visible, masked, [True] * 9, tokens)
 
 
 # ---- declaration ----

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mvd_kernels import shapes
 from mvd_kernels._checks import INDEX, Checks
 from mvd_kernels._operator import Operator
 from mvd_kernels._triton import launch, power_of_2, tl, triton
@@ -145,7 +146,9 @@ def _launch(seed, epoch, samples, slices, positions, masked):
 
 def offline_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     samples = torch.empty(32, dtype=torch.int64, device="meta")
-    for name, slices, positions, ratio in (("224 px clips", 8, 196, 0.9), ("224 px images", 1, 196, 0.75)):
+    slices, positions = shapes.GRID[0], shapes.GRID[1] * shapes.GRID[2]
+    clips, images = (slices, shapes.MASK_RATIO), (1, shapes.IMAGE_MASK_RATIO)
+    for name, (slices, ratio) in {"224 px clips": clips, "224 px images": images}.items():
         yield name, partial(_launch, 0, 0, samples, slices, positions, int(ratio * positions))
 
 
