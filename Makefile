@@ -34,7 +34,7 @@ $(STAMP): setup.py kernels/native.py pyproject.toml constraints.txt $(NATIVE)
 	$(call step,install build tools and torch,$(PIP) setuptools wheel ninja pybind11 torch)
 	$(call step,install DALI and CUDA headers,$(PIP) nvidia-dali-cuda130 nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl)
 	$(call step,install DeepSpeed,$(PIP) --no-build-isolation deepspeed)
-	$(call step,build mvd-fast and install it with the rest,$(PIP) --no-build-isolation -e '.[demo$(comma)test]')
+	$(call step,build mvd-fast and install it with the rest,$(PIP) --no-build-isolation -e '.[bench$(comma)demo$(comma)test]')
 	$(call step,compile DeepSpeed's communication between CPU ranks,$(BIN)/python -m mvd_fast.training.deepspeed_start)
 	@touch $@
 

@@ -6,12 +6,16 @@ what is timed is that, what the engine does with gradients, and the step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from harness import Case
 from torch import Tensor, nn
 
 from mvd_fast.config_file import load_config
 from mvd_fast.models import build_model
+from mvd_fast.training import launch
 from mvd_fast.training.engine import backward, start_engine
 from mvd_fast.training.optim import set_lr
 
@@ -31,26 +35,29 @@ class Linear(nn.Module):
         return sum((p * g.to(p.device)).sum() for p, g in zip(self.weights, self.gradients, strict=True))
 
 
-def test_update(compare):
-    from mvd_fast.training import launch
+SIDES = {"ours, ZeRO 0": 0, "DeepSpeed, ZeRO 1": 1}
 
+
+@pytest.fixture(scope="module")
+def case() -> Iterator[Case]:
     with launch.init_process_group():
-        compare_engines(compare)
+        engines = {}
+        for name, stage in SIDES.items():
+            config = load_config("vitb_from_vitb", [f"deepspeed.zero_optimization.stage={stage}", "batch.size=1"])
+            torch.manual_seed(0)
+            engines[name] = start_engine(Linear(build_model(config.model, config.teachers)), config, 1, 1)
+            set_lr(engines[name].optimizer, 1e-3)
+
+        def update(engine) -> list[Tensor]:
+            backward(engine, engine())
+            engine.step()
+            return list(engine.module.parameters())
+
+        # A bf16 weight differs by one rounding where the float32 ones differ in their last bit.
+        sides = {name: lambda engine=engine: update(engine) for name, engine in engines.items()}
+        yield Case("AdamW update ViT-B student bf16", sides, tolerance=1e-2, reference="DeepSpeed, ZeRO 1")
 
 
-def compare_engines(compare) -> None:
-    engines = {}
-    for name, stage in (("ours, ZeRO 0", 0), ("DeepSpeed, ZeRO 1", 1)):
-        config = load_config("vitb_from_vitb", [f"deepspeed.zero_optimization.stage={stage}", "batch.size=1"])
-        torch.manual_seed(0)
-        engines[name] = start_engine(Linear(build_model(config.model, config.teachers)), config, 1, 1)
-        set_lr(engines[name].optimizer, 1e-3)
-
-    def update(engine) -> list[Tensor]:
-        backward(engine, engine())
-        engine.step()
-        return list(engine.module.parameters())
-
-    # A bf16 weight differs by one rounding where the float32 ones differ in their last bit.
-    sides = {name: lambda engine=engine: update(engine) for name, engine in engines.items()}
-    compare("AdamW update ViT-B student bf16", sides, tolerance=1e-2, dtype=torch.bfloat16)
+@pytest.mark.parametrize("side", SIDES)
+def test_update(compare, case, side):
+    compare(case, side)

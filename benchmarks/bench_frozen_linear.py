@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import DEVICE, Case, flops_of
 
 from mvd_fast.models.frozen import FrozenLinear
+from mvd_kernels.shapes import TEACHERS, TOKENS, linear_layers
 
-ROWS = 2 * 1568
-WIDTHS = {"B": 768, "L": 1024}
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere a frozen layer is F.linear")
+CASES = {f"{size} {layer}": (size, layer) for size, layer in product(("ViT-B", "ViT-L"), linear_layers(1))}
 
 
-@pytest.mark.parametrize("size", WIDTHS)
-@pytest.mark.parametrize("layer", ["qkv", "proj", "fc1 + GELU", "fc2"])
-def test_frozen_linear(compare, size, layer):
-    if compare.device != "cpu":
-        pytest.skip("elsewhere a frozen layer is F.linear")
+@pytest.fixture(scope="module", params=CASES)
+def case(request) -> Case:
+    size, layer = CASES[request.param]
     torch.manual_seed(0)
-    width = WIDTHS[size]
-    depth, out = {"qkv": (1, 3), "proj": (1, 1), "fc1 + GELU": (1, 4), "fc2": (4, 1)}[layer]
-    linear = torch.nn.Linear(depth * width, out * width).bfloat16()
-    x = torch.randn(ROWS, depth * width).bfloat16()
-    frozen = FrozenLinear.from_linear(linear, "gelu" if "GELU" in layer else None)
-    sides = {
-        "ours": lambda: frozen(x),
-        "eager": (lambda: F.gelu(linear(x))) if "GELU" in layer else lambda: linear(x),
-    }
+    depth, width = linear_layers(TEACHERS[size])[layer]
+    linear = torch.nn.Linear(depth, width).bfloat16().requires_grad_(False)
+    x = torch.randn(2 * TOKENS, depth).bfloat16()
+    frozen = FrozenLinear.from_linear(linear, "gelu" if layer == "fc1" else None)
+    return Case(
+        f"frozen {request.param} bf16",
+        {"ours": lambda: frozen(x), "eager": (lambda: F.gelu(linear(x))) if layer == "fc1" else lambda: linear(x)},
+        flops=flops_of(lambda: F.linear(x.to("meta"), linear.weight.to("meta"))),
+        tolerance=1e-2,
+    )
+
+
+@pytest.mark.parametrize("side", ["ours", "eager"])
+def test_frozen_linear(compare, case, side):
     with torch.inference_mode():
-        flops = 2 * ROWS * depth * out * width**2
-        compare(f"frozen ViT-{size} {layer} bf16", sides, flops=flops, tolerance=1e-2)
+        compare(case, side)

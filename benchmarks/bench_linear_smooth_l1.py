@@ -1,21 +1,24 @@
-"""linear_smooth_l1 as MVD's step uses it: two heads on the masked tokens, targets gathered out of all 1568.
+"""linear_smooth_l1 as MVD's step uses it: two heads on the masked tokens, targets gathered out of all tokens.
 
-Eager is nn.Linear, the gather of the teacher's features and smooth_l1_loss in float32; ViT-B's two decoders have heads
-768 -> 768 (the image teacher's width), ViT-L's 512 -> 1024.
+Eager is nn.Linear, the gather of the teacher's features and smooth_l1_loss in float32.
 """
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import DEVICE, Case, flops_of
 from torch import Tensor
 
 from mvd_kernels import linear_smooth_l1, tube_mask
+from mvd_kernels.shapes import GRID, MASK_RATIO, RECIPES, TOKENS
 
-CLIPS = {"cpu": 2, "cuda": 32}
-HEADS = {"B": (768, 768), "L": (512, 1024)}  # widths of input and target
+CLIPS = {"cpu": 2, "cuda": 32}[DEVICE]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CASES = {f"{recipe} {dtype}": (recipe, dtype) for dtype, recipe in product(DTYPES, ("ViT-B", "ViT-L"))}
 # bf16: eager rounds every prediction, so that differences from the target near 0 and near beta, and with them their
 # gradients, are off by 2^-9 of the prediction, and sums the gradient of the bias in bf16.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
@@ -29,10 +32,10 @@ def eager(xs, weights, biases, targets, index: Tensor) -> list[Tensor]:
     return losses
 
 
-def make(name: str, dtype: torch.dtype, device: str) -> tuple:
+def make(recipe: str, dtype: torch.dtype, device: str) -> tuple:
     torch.manual_seed(0)
-    depth, width = HEADS[name]
-    index = tube_mask(0, 0, torch.arange(CLIPS[device]), (8, 14, 14), 0.9).masked.to(device)
+    depth, width = RECIPES[recipe].decoder_width, RECIPES[recipe].target_width
+    index = tube_mask(0, 0, torch.arange(CLIPS), GRID, MASK_RATIO).masked.to(device)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -40,27 +43,34 @@ def make(name: str, dtype: torch.dtype, device: str) -> tuple:
     xs = [normal(*index.shape, depth).requires_grad_() for _ in range(2)]
     weights = [normal(width, depth).mul(depth**-0.5).requires_grad_() for _ in range(2)]
     biases = [normal(width).mul(0.1).requires_grad_() for _ in range(2)]
-    return xs, weights, biases, [normal(len(index), 1568, width) for _ in range(2)], index
+    return xs, weights, biases, [normal(len(index), TOKENS, width) for _ in range(2)], index
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", HEADS)
-def test_linear_smooth_l1(compare, name, dtype):
-    arguments = make(name, DTYPES[dtype], compare.device)
-    xs, weights, biases, _, index = arguments
-    leaves = (*xs, *weights, *biases)
+def call(function, arguments: tuple) -> tuple[Tensor, ...]:
+    xs, weights, biases, *_ = arguments
+    losses = function(*arguments)
+    return (*losses, *torch.autograd.grad(sum(losses), (*xs, *weights, *biases)))
 
-    def call(function) -> tuple[Tensor, ...]:
-        losses = function(*arguments)
-        return (*losses, *torch.autograd.grad(sum(losses), leaves))
 
-    functions = {"ours": linear_smooth_l1, "eager": eager, "torch.compile": torch.compile(eager)}
-    compare(
-        f"linear_smooth_l1 fwd+bwd 2 heads {HEADS[name][0]}->{HEADS[name][1]} {len(index)} clips {dtype}",
-        {name: lambda function=function: call(function) for name, function in functions.items()},
-        flops=3 * 2 * index.numel() * sum(weight.numel() for weight in weights),
+SIDES = {"ours": linear_smooth_l1, "eager": eager, "torch.compile": torch.compile(eager)}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request) -> Case:
+    recipe, dtype = CASES[request.param]
+    arguments = make(recipe, DTYPES[dtype], DEVICE)
+    width, depth = arguments[1][0].shape
+    return Case(
+        f"linear_smooth_l1 fwd+bwd 2 heads {depth}->{width} {CLIPS} clips {dtype}",
+        {name: lambda function=function: call(function, arguments) for name, function in SIDES.items()},
+        flops=flops_of(lambda: call(eager, make(recipe, DTYPES[dtype], "meta"))),
         dtype=DTYPES[dtype],
         tolerance=TOLERANCE[dtype],
         goal=1.3,
         memory_goal=0.25,
     )
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_linear_smooth_l1(compare, case, side):
+    compare(case, side)

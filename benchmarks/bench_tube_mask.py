@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import pytest
 import torch
+from harness import DEVICE, Case
 from torch import Tensor
 
 from mvd_kernels import TubeMask, tube_mask, use_impl
+from mvd_kernels.shapes import GRID, MASK_RATIO, MASKED, TOKENS
 
-CLIPS, GRID, RATIO = 1024, (8, 14, 14), 0.9
+CLIPS = 1024
 POSITIONS = GRID[1] * GRID[2]
-MASKED = int(RATIO * POSITIONS)
 
 
 def numpy_mask(generator: np.random.RandomState) -> np.ndarray:
     """One sample's mask, float64 [N] of zeros and ones."""
-    slice_p = np.hstack([np.zeros(POSITIONS - MASKED), np.ones(MASKED)])
+    masked = MASKED // GRID[0]
+    slice_p = np.hstack([np.zeros(POSITIONS - masked), np.ones(masked)])
     generator.shuffle(slice_p)
     return np.tile(slice_p, (GRID[0], 1)).flatten()
 
@@ -50,18 +53,19 @@ def facts(results: Iterable[Tensor]) -> list[Tensor]:
     return [mask_btp.sum(2), (mask_btp == mask_btp[:, :1]).all(), torch.tensor(fit)]
 
 
-def test_tube_mask(compare):
-    samples = torch.arange(CLIPS, device=compare.device)
+@pytest.fixture(scope="module")
+def case() -> Case:
+    samples = torch.arange(CLIPS, device=DEVICE)
 
     def plain() -> TubeMask:
         with use_impl("reference"):
-            return tube_mask(0, 0, samples, GRID, RATIO)
+            return tube_mask(0, 0, samples, GRID, MASK_RATIO)
 
     def ours() -> TubeMask:
-        return tube_mask(0, 0, samples, GRID, RATIO)
+        return tube_mask(0, 0, samples, GRID, MASK_RATIO)
 
     assert all(torch.equal(*pair) for pair in zip(ours(), plain(), strict=True))
-    compare(
+    return Case(
         f"tube_mask {CLIPS} clips",
         {
             "ours": ours,
@@ -69,8 +73,13 @@ def test_tube_mask(compare):
             "NumPy + indices": numpy_masks_and_indices,
             "plain PyTorch": plain,
         },
-        bytes=CLIPS * GRID[0] * POSITIONS * (1 + 8),
-        tolerance=0,
+        bytes=CLIPS * TOKENS * (1 + 8),
+        reference="NumPy + indices",
         goal=20.0,
         facts=facts,
     )
+
+
+@pytest.mark.parametrize("side", ["ours", "NumPy loop", "NumPy + indices", "plain PyTorch"])
+def test_tube_mask(compare, case, side):
+    compare(case, side)

@@ -1,48 +1,68 @@
-"""`pytest benchmarks/`: every operator against eager PyTorch and torch's own best, on CUDA where there is one.
+"""`pytest benchmarks/`, with pytest-benchmark: every operator against eager PyTorch and torch's own best.
 
-Prints a table, and writes the rows as JSON to the file that MVD_BENCH_JSON names. MVD_BENCH_SECONDS: how long a case
-is timed (3 by default).
+A group of benchmarks is a case, a benchmark is a side of it. Of pytest-benchmark's options, those that choose how long
+(`--benchmark-min-rounds`, `--benchmark-max-time`), `--benchmark-timer` and `--benchmark-disable-gc` hold for the rounds
+in turn as well; with `--benchmark-disable` sides are checked and not timed.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from compare import Comparison, copy_peak, gemm_peak, table
+from harness import DEVICE, Case, copy_peak, gemm_peak, table
 
 from mvd_kernels._dispatch import extension
 
-_session = Comparison(seconds_per_case=float(os.environ.get("MVD_BENCH_SECONDS", "3")))
+try:
+    from pytest_benchmark.utils import load_timer
+except ImportError:
+    raise pytest.UsageError(
+        "benchmarks/ needs pytest-benchmark: pip install pytest-benchmark -c constraints.txt"
+    ) from None
+
+ROWS = pytest.StashKey[list]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
 
 
 @pytest.fixture
-def compare() -> Comparison:
-    torch.compiler.reset()  # else a function compiled for one case is compiled for any shape in the next one
-    return _session
+def compare(benchmark, pytestconfig: pytest.Config) -> Callable[[Case, str], None]:
+    """Check a side of a case, time it in turn with the others, and give `benchmark` its rounds and figures."""
+    option = pytestconfig.getoption
+
+    def run(case: Case, side: str) -> None:
+        def prepare() -> None:
+            case.check(side)
+            if benchmark.enabled:
+                timer = load_timer(option("benchmark_timer")).target
+                seconds = float(option("benchmark_max_time"))
+                case.measure(option("benchmark_min_rounds"), seconds, timer, not option("benchmark_disable_gc"))
+
+        benchmark.group = case.name
+        benchmark.pedantic(case.sides[side].call, setup=prepare)  # what prepare raises leaves no timing
+        if benchmark.enabled:
+            benchmark.stats.stats.data[:] = case.rounds[side]
+            benchmark.extra_info.update(case.figures(side))
+            pytestconfig.stash[ROWS].append(benchmark.stats)
+
+    return run
 
 
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    """What the figures belong to; nothing in it changes between runs on one machine."""
+    facts: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
+    if DEVICE == "cuda":
+        return facts | {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     module = extension()[0]
-    facts: dict[str, object] = {"torch": torch.__version__, "python": platform.python_version()}
-    if _session.device == "cuda":
-        facts["device"] = torch.cuda.get_device_name()
-    else:
-        facts |= {
-            "device": f"{_processor()}, {torch.get_num_threads()} threads",
-            "instruction set": module.isa_name() if module else "none: the C++ extension is not built",
-        }
-    for dtype in (torch.float32, torch.bfloat16):
-        facts[f"GEMM peak {str(dtype).removeprefix('torch.')} GFLOP/s"] = round(
-            gemm_peak(_session.device, dtype) / 1e9, 1
-        )
-    facts["copy GB/s"] = round(copy_peak(_session.device) / 1e9, 1)
-    return facts
+    isa = module.isa_name() if module else "none: the C++ extension is not built"
+    return facts | {"device": f"{_processor()}, {torch.get_num_threads()} threads", "instruction set": isa}
 
 
 def _processor() -> str:
@@ -51,15 +71,23 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _session.rows:
+def peaks() -> dict[str, float]:
+    found = {f"GEMM {str(dtype)[6:]} GFLOP/s": gemm_peak(dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)}
+    return found | {"copy GB/s": copy_peak() / 1e9}
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    output_json["peaks"] = peaks()
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark's own tables
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.stash[ROWS]:
         return
     terminalreporter.section("measured on")
-    facts = machine()
-    for name, value in facts.items():
+    for name, value in pytest_benchmark_generate_machine_info().items():
         terminalreporter.write_line(f"{name}: {value}")
-    terminalreporter.section("medians; ratio = time of the side / time of ours in the same round")
-    for line in table(_session.rows):
+    terminalreporter.write_line("; ".join(f"{name} {value:.1f}" for name, value in peaks().items()))
+    terminalreporter.section("medians; ratio: the reference's time / the side's in the same round")
+    for line in table(config.stash[ROWS]):
         terminalreporter.write_line(line)
-    if path := os.environ.get("MVD_BENCH_JSON"):
-        Path(path).write_text(json.dumps({"machine": facts, "rows": _session.as_json()}, indent=1))

@@ -241,3 +241,9 @@ def test_sentences_of_the_table(change, sentence):
     TABLE(*GOOD.values())
     with pytest.raises(ValueError, match=sentence):
         TABLE(*(GOOD | change).values())
+
+
+def test_on_the_meta_device_shapes_are_computed():
+    x, weight = torch.empty(2, 3, 8, device="meta"), torch.empty(8, device="meta")
+    total, normed = mvd_kernels.add_layer_norm(x, x, weight, weight)
+    assert total.is_meta and normed.shape == x.shape

@@ -192,6 +192,8 @@ def extension() -> tuple[ModuleType | None, str | None]:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast computes in on `device`; None where it is off."""
+    if device.type == "meta":  # for which torch has no autocast, and raises where it is asked
+        return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
