@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DEVICE, Case, copy_peak, gemm_peak, table
+from harness import DEVICE, Case, copy_peak, gemm_peak, phases_table, table
+from less_work import RECIPES
 
 from mvd_kernels._dispatch import extension
 
@@ -25,7 +26,20 @@ except ImportError:
         "benchmarks/ needs pytest-benchmark: pip install pytest-benchmark -c constraints.txt"
     ) from None
 
+BATCH = {"cpu": 2, "cuda": 16}[DEVICE]
 ROWS = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("step", "the whole training step (bench_step.py)")
+    group.addoption("--config", default="vitb_from_vitb", help="JSON file or name of a recipe (%(default)s)")
+    group.addoption("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change its settings")
+    group.addoption("--batch", type=int, default=BATCH, help="clips of a step (%(default)s)")
+    group.addoption(
+        "--recipes", default="exact", help=f"comma-separated, or all: {', '.join(RECIPES)} (default: %(default)s)"
+    )
+    group.addoption("--data", metavar="LIST", help="a short list of clips to load beside the step, and to store")
+    group.addoption("--fp32", action="store_true", help="also the yardstick in float32")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,6 +69,7 @@ def compare(benchmark, pytestconfig: pytest.Config) -> Callable[[Case, str], Non
     return run
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
     """What the figures belong to; nothing in it changes between runs on one machine."""
     facts: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
@@ -89,5 +104,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{name}: {value}")
     terminalreporter.write_line("; ".join(f"{name} {value:.1f}" for name, value in peaks().items()))
     terminalreporter.section("medians; ratio: the reference's time / the side's in the same round")
-    for line in table(config.stash[ROWS]):
+    for line in (*table(config.stash[ROWS]), "", *phases_table(config.stash[ROWS])):
         terminalreporter.write_line(line)

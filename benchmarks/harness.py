@@ -53,8 +53,10 @@ class Side:
     dtype: torch.dtype | None = None
     samples: int = 1
     """made by a call; ratios are per sample"""
+    phases: Callable[[], dict[str, float]] = dict
+    """seconds of parts of the calls since it was last asked"""
     more: Callable[[], dict[str, Any]] = dict
-    """gives further entries of `extra_info`, once all rounds are done"""
+    """further entries of `extra_info`, once all rounds are done"""
 
 
 @dataclass
@@ -141,7 +143,8 @@ class Case:
         right = [name for name in self.sides if name not in self._wrong]
         self._memory = {name: memory_of(self.sides[name].call) for name in right}
         for name in right:
-            self.sides[name].more()  # of the calls before
+            self.sides[name].phases()  # of the calls before
+        self._phases: dict[str, list[dict[str, float]]] = {name: [] for name in right}
         rounds: dict[str, list[float]] = {name: [] for name in right}
         with ExitStack() as stack:
             if not collect and gc.isenabled():
@@ -154,6 +157,7 @@ class Case:
                 # Who goes first alternates, as the one after a long call finds other caches.
                 for name in right if number % 2 else reversed(right):
                     rounds[name].append(clock(self.sides[name].call, timer, self.calls))
+                    self._phases[name].append(self.sides[name].phases())
         self.rounds = rounds
 
     def figures(self, name: str) -> dict[str, Any]:
@@ -161,7 +165,7 @@ class Case:
         side, seconds, memory = self.sides[name], statistics.median(self.rounds[name]), self._memory[name]
         peak = gemm_peak(side.dtype or self.dtype) if side.flops else copy_peak()
         rate = (side.flops or side.bytes) / seconds
-        ours = name == next(iter(self.sides))
+        ours, phases = name == next(iter(self.sides)), self._phases[name]
         return {
             "ratio": self.ratio(name),
             "goal": self.goal if ours else None,
@@ -171,6 +175,8 @@ class Case:
             "temporary_bytes": memory.temporary,
             "memory_goal": self.memory_goal if ours else None,
             "result_bytes": memory.results,
+            "samples": side.samples,
+            "phases": {part: statistics.median(one[part] for one in phases) for part in phases[0]},
             "device": DEVICE,
             **side.more(),
         }
@@ -292,4 +298,18 @@ def table(rows: Iterable[Any]) -> list[str]:
             f"{info['temporary_bytes'] / 2**20:9.1f} {info['result_bytes'] / 2**20:7.1f}{memory}"
         )
         previous = row.group
+    return lines
+
+
+def phases_table(rows: Iterable[Any]) -> list[str]:
+    """Of the sides that give phases, or what their loaders take: seconds."""
+    rows = [row for row in rows if row.extra_info["phases"]]
+    names = dict.fromkeys(name for row in rows for name in row.extra_info["phases"])
+    alone = [name for name in ("loading alone", "reading alone") if any(name in row.extra_info for row in rows)]
+    lines = [f"{'side':<28} {'samples':>7} " + " ".join(f"{name:>14}" for name in (*names, *alone))] if rows else []
+    for row in rows:
+        seconds = row.extra_info["phases"] | {name: row.extra_info.get(name) for name in alone}
+        cells = ("" if seconds.get(name) is None else f"{seconds[name]:.4f}" for name in (*names, *alone))
+        side = f"{row.params['side']:<28} {row.extra_info['samples']:>7} "
+        lines.append(side + " ".join(f"{cell:>14}" for cell in cells))
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -115,12 +116,21 @@ def _doctor(argv: Arguments) -> int | None:
     return doctor()
 
 
-def _bench_step(argv: Arguments) -> int | None:
-    folder = Path(__file__).parents[1] / "benchmarks"  # holds the yardstick, which no training needs
-    if not (folder / "step.py").is_file():
+def _bench_step(argv: Arguments) -> int:
+    """pytest on a file of the checkout, which no module of this package imports."""
+    program, file = f"{PROGRAM} bench step", Path(__file__).parents[1] / "benchmarks" / "bench_step.py"
+    parser = argparse.ArgumentParser(
+        program,
+        usage=f"{program} [-h] [OPTION ...]",
+        description=COMMANDS["bench step"].summary,
+        epilog="The same as `pytest benchmarks/bench_step.py OPTION ...`: --config, --set, --batch, --recipes, --data, "
+        "--fp32, which its --help explains under 'the whole training step', and pytest's and pytest-benchmark's own, "
+        "such as --benchmark-json=FILE.",
+    )
+    parser.parse_known_args(argv)
+    if not file.is_file():
         raise UserError("bench runs in a checkout, beside its folder benchmarks/, which an installed package lacks")
-    sys.path.insert(0, str(folder))
-    return import_module("step_command").main(argv)
+    return subprocess.call([sys.executable, "-m", "pytest", str(file), *argv])
 
 
 def _config_show(argv: Arguments) -> None:

@@ -1,0 +1,236 @@
+"""The whole distillation step against the authors' way of computing it (yardstick.py).
+
+Networks of the recipe's sizes with random weights, random clips, the recipe's masks; the same weights on all sides.
+Sides are the yardstick and the engine as a run uses it (DeepSpeed, its optimiser with a learning rate of 0, so that
+every step is the same), and the engine with the recipes that need less work. What is checked is the losses. With
+`--data` each side has a loader that decodes, and reads stored targets, beside it (step_data.py); else loading is not
+part of it. `mvd-fast bench step` is `pytest benchmarks/bench_step.py`; the options are in conftest.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from pathlib import Path
+
+import pytest
+import torch
+from harness import DEVICE, Case, Side
+from less_work import RECIPES, STORED
+from step_data import Feed, store_targets
+from torch import Tensor, nn
+from yardstick import distillation_losses
+
+pytest.importorskip("deepspeed")
+
+from mvd_fast.config import RunConfig, TeacherConfig
+from mvd_fast.config_file import load_config
+from mvd_fast.errors import UserError
+from mvd_fast.models import ImageTeacher, VideoTeacher, build_model
+from mvd_fast.objectives.distillation import DistillationObjective, assemble
+from mvd_fast.targets.ahead import targets_ahead
+from mvd_fast.teachers import DTYPES, to_precision
+from mvd_fast.training import launch
+from mvd_fast.training.engine import backward, start_engine
+from mvd_fast.training.metrics import PhaseTimer
+from mvd_fast.training.optim import build_optimizer
+from mvd_kernels import tube_mask
+
+DATA = "data"  # waiting for it
+PHASES = (DATA, "image teacher", "video teacher", "student", "decoders", "heads and loss", "backward", "optimiser")
+
+# Of the loss: bf16 rounds features to 2^-9, and the mean over half a million differences is much closer than each.
+TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
+# Of recipes with another arithmetic, other masks or other tokens: their losses differ by some percent in small steps.
+INEXACT, INEXACT_TOLERANCE = ("int8", "masks4", "half"), 0.1
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    try:
+        metafunc.parametrize("side", side_names(metafunc.config.option))
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def side_names(args: argparse.Namespace) -> list[str]:
+    """The engine with each recipe, and the yardsticks: the first of them is the reference."""
+    names = list(RECIPES) if args.recipes == "all" else args.recipes.split(",")
+    if unknown := [name for name in names if name not in RECIPES]:
+        raise UserError(f"--recipes: {unknown[0]!r} is unknown; there are: all, {', '.join(RECIPES)}")
+    precisions = dict.fromkeys([load_config(args.config, args.set).precision, *(["fp32"] if args.fp32 else [])])
+    return [*(f"engine {name}" for name in names), *(f"yardstick {precision}" for precision in precisions)]
+
+
+@pytest.fixture(scope="module")
+def case(pytestconfig: pytest.Config) -> Iterator[Case]:
+    args, feeds = pytestconfig.option, []
+    with launch.init_process_group(), tempfile.TemporaryDirectory() as folder:
+        sides = {}
+        for name in side_names(args):
+            kind, what = name.split()
+            sides[name], feed = (engine_side if kind == "engine" else yardstick_side)(what, args, Path(folder))
+            feeds += [feed] if feed else []
+        reference = next(name for name in sides if name.startswith("yardstick"))
+        name = Path(args.config).stem
+        yield Case(f"step of {name}, {args.batch} clips", sides, reference=reference)
+        for feed in feeds:
+            feed.loader.close()
+
+
+def test_step(compare, case, side):
+    compare(case, side)
+
+
+def make_objective(config: RunConfig) -> DistillationObjective:
+    torch.manual_seed(0)
+    model, image, video = config.model, config.teachers.image, config.teachers.video
+    video_teacher = VideoTeacher(
+        video.image_size, video.patch_size, model.num_frames, model.tubelet_size, *_sizes(video)
+    )
+    image_teacher = ImageTeacher(image.image_size, image.patch_size, *_sizes(image))
+    objective = assemble(config, build_model(model, config.teachers), image_teacher, video_teacher)
+    for module in objective.modules():  # the same branches on both sides
+        if hasattr(module, "drop_path"):
+            module.drop_path.rate = 0.0
+    return objective.train().to(DEVICE)
+
+
+def _sizes(teacher: TeacherConfig) -> tuple[int, int, int]:
+    return teacher.embed_dim, teacher.depth, teacher.num_heads
+
+
+def make_batch(config: RunConfig, clips: int, masks: int = 1) -> dict[str, Tensor]:
+    """The same clips for every number of masks, and the same first mask of each."""
+    torch.manual_seed(1)
+    model = config.model
+    numbers = torch.arange(clips)[:, None] + clips * torch.arange(masks)
+    mask = tube_mask(0, 0, numbers.flatten(), model.grid, config.data.mask_ratio).mask.view(clips, masks, -1)
+    video = torch.randn(clips, 3, model.num_frames, model.image_size, model.image_size)
+    return {"video": video.to(DEVICE), "mask": (mask[:, 0] if masks == 1 else mask).to(DEVICE)}
+
+
+def make_feed(
+    args: argparse.Namespace, changes: Sequence[str], objective: DistillationObjective, samples: int, folder: Path
+) -> Feed | None:
+    """The loader of a side, whose config has `changes` in it; none without `--data`."""
+    if not args.data:
+        return None
+    device = torch.device(DEVICE)
+    overrides = [*args.set, *changes, f"data.train={json.dumps(args.data)}"]
+    if STORED[0] in changes:
+        own = Path(tempfile.mkdtemp(dir=folder))
+        config = store_targets(args.config, overrides, objective, own, args.batch, device)
+    else:
+        config = load_config(args.config, overrides)
+    return Feed(config, samples, device)
+
+
+def wait_for(feed: Feed | None, timer: PhaseTimer) -> None:
+    if feed:
+        with timer.phase(DATA):
+            feed.wait()
+
+
+def yardstick_side(precision: str, args: argparse.Namespace, folder: Path) -> tuple[Side, Feed | None]:
+    config, clips, device = load_config(args.config, args.set), args.batch, torch.device(DEVICE)
+    objective, batch, timer = make_objective(config), make_batch(config, clips), PhaseTimer(device)
+    optimizer = build_optimizer(objective.model, config.optim)
+    feed = make_feed(args, (), objective, clips, folder)
+
+    def run() -> list[Tensor]:
+        wait_for(feed, timer)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            out = distillation_losses(objective, batch, timer.phase)
+        with timer.phase("backward"):
+            out["loss"].backward()
+        with timer.phase("optimiser"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return [part.detach() for part in out.values()]
+
+    return Side(
+        run,
+        TOLERANCE["bf16"],  # of a second yardstick, against the first
+        flops=objective.flops() * clips,  # the engine's for the same results; the yardstick does more
+        dtype=DTYPES[precision],
+        samples=clips,
+        phases=timer.collect,
+        more=lambda: loading(feed),
+    ), feed
+
+
+def engine_side(recipe: str, args: argparse.Namespace, folder: Path) -> tuple[Side, Feed | None]:
+    """The engine with a recipe in its config."""
+    config, clips, device = load_config(args.config, [*args.set, *RECIPES[recipe]]), args.batch, torch.device(DEVICE)
+    objective, batch = make_objective(config), make_batch(config, clips, config.data.masks_per_clip)
+    batch["video"] = batch["video"].to(DTYPES[config.precision])
+    samples, student = clips * config.data.masks_per_clip, objective.model
+    feed = make_feed(args, RECIPES[recipe], objective, samples, folder)  # stores teachers as a checkpoint has them
+    teachers = {"image_teacher": config.teachers.image, "video_teacher": config.teachers.video}
+    for role, teacher in teachers.items():
+        to_precision(getattr(objective, role), teacher.precision or config.precision)
+    if config.teachers.cache.path:
+        with torch.no_grad():
+            batch["target_image"], batch["target_video"] = objective.targets(batch["video"])
+        objective.image_teacher = objective.video_teacher = None
+    whole = config.model_copy(update={"batch": config.batch.model_copy(update={"size": samples})})
+    engine = start_engine(student, whole, samples, 1)
+    objective.model = engine
+    timer = watch(objective, student)
+    batches = repeat(batch)
+    if config.teachers.ahead:
+        batches = targets_ahead(objective, batches, device)
+
+    def run() -> list[Tensor]:
+        wait_for(feed, timer)
+        torch.manual_seed(0)  # the same choice of tokens in every step
+        out = objective(next(batches))
+        with timer.phase("backward"):
+            backward(engine, out["loss"])
+        with timer.phase("optimiser"):
+            engine.step()
+        return [part.detach() for part in out.values()]
+
+    inexact = any(part in recipe for part in INEXACT)
+    return Side(
+        run,
+        INEXACT_TOLERANCE if inexact else tolerance(config),
+        flops=objective.flops() * clips,
+        dtype=DTYPES[config.precision],
+        samples=samples,
+        phases=lambda: _exclusive(timer.collect()),
+        more=lambda: loading(feed),
+    ), feed
+
+
+def tolerance(config: RunConfig) -> float:
+    """bf16's wherever something is in bf16."""
+    used = {config.precision, config.teachers.image.precision, config.teachers.video.precision}
+    return TOLERANCE["bf16" if "bf16" in used else "fp32"]
+
+
+def watch(objective: DistillationObjective, student: nn.Module) -> PhaseTimer:
+    """Times the engine's parts by hooks on its modules."""
+    timer = PhaseTimer(torch.device(DEVICE))
+    parts = [("student", student)]
+    parts += [(name.replace("_", " "), part) for name, part in objective.named_children() if name != "model"]
+    decoders = [student.decoder_img, student.decoder_vid]
+    parts += [("decoders", decoder) for decoder in decoders] + [("heads and loss", one.head) for one in decoders]
+    for name, part in parts:
+        timer.watch(name, part)
+    return timer
+
+
+def _exclusive(spent: dict[str, float]) -> dict[str, float]:
+    """Without what is inside: a student's decoders, their heads."""
+    student, decoders, heads = (spent[name] for name in ("student", "decoders", "heads and loss"))
+    whole = {**spent, "student": student - decoders, "decoders": decoders - heads}
+    return {name: whole[name] for name in PHASES if name in whole}
+
+
+def loading(feed: Feed | None) -> dict[str, float | None]:
+    """What loading takes when nothing else is done."""
+    return {"loading alone": feed.load_seconds(), "reading alone": feed.read_seconds()} if feed else {}
