@@ -13,13 +13,13 @@ import torch
 from harness import Case
 from torch import Tensor, nn
 
+pytest.importorskip("deepspeed")
+
 from mvd_fast.config_file import load_config
 from mvd_fast.models import build_model
 from mvd_fast.training import launch
 from mvd_fast.training.engine import backward, start_engine
 from mvd_fast.training.optim import set_lr
-
-pytest.importorskip("deepspeed")
 
 
 class Linear(nn.Module):

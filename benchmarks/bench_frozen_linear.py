@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from harness import DEVICE, Case, flops_of
 
+pytest.importorskip("pydantic")
+
 from mvd_fast.models.frozen import FrozenLinear
 from mvd_kernels.shapes import TEACHERS, TOKENS, linear_layers
 

@@ -1,24 +1,21 @@
 """Runs the operators' tests and benchmarks for benchmarks/gpu.sh, and writes what they gave as one JSON.
 
-Every file is a process of its own: an illegal access on CUDA ends everything that the process would do after it.
+Every file is a process of its own: an illegal access on CUDA ends everything that the process would do after it. The
+JSON is pytest-benchmark's, of all files together, with `parts`: how every file ended.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from xml.etree import ElementTree
 
 import torch
 
@@ -26,35 +23,23 @@ import mvd_kernels
 from mvd_kernels._dispatch import extension
 from mvd_kernels._triton import HAS_TRITON, triton
 
-NOTHING_COLLECTED = 5
 GRACE = 15  # seconds that an interrupted pytest has for its reports
 LINES = 30  # of the log of a part that did not end well
-COUNTS = ("passed", "failed", "skipped")
+WELL = (0, 5)  # exits of pytest: all passed, nothing was collected
 
 
-def run(file: str, seconds: float, arguments: Sequence[str], scratch: Path) -> dict:
-    """One file under pytest for at most `seconds`: counts, failures, rows of benchmarks, the log unless all is well."""
-    report, rows, log = (scratch / f"{Path(file).stem}.{kind}" for kind in ("xml", "json", "log"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", file]
+def run(file: str, seconds: float, options: Sequence[str]) -> dict:
+    """One file under pytest for at most `seconds`, then it is interrupted, which leaves it its reports, then killed."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", built_here(), *options]
+    command = ["timeout", "--signal=INT", f"--kill-after={GRACE}", str(max(seconds, 1)), *pytest]
     started = time.monotonic()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "-k", built_here(), *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            # Plugins of the machine are none of ours.
-            env=os.environ | {"MVD_BENCH_JSON": str(rows), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        )
-        finished = wait(process, seconds)
-    found = results(report, finished) | {"finished": finished, "exit": process.returncode}
-    found["seconds"] = round(time.monotonic() - started, 1)
-    if rows.is_file():
-        found |= json.loads(rows.read_text())
-    text = log.read_text(errors="replace").splitlines()
-    if not is_well(found):
-        found["log"] = text[-LINES:]
-    print(f"{file}: {text[-1] if text else 'no output'} [exit {process.returncode}]", flush=True)
-    return found
+    # Plugins of the machine are none of ours.
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    text = done.stdout.splitlines() or ["no output"]
+    print(f"{file}: {text[-1]} [exit {done.returncode}]", flush=True)
+    found = {"exit": done.returncode, "said": text[-1], "seconds": round(time.monotonic() - started, 1)}
+    return found if done.returncode in WELL else found | {"log": text[-LINES:]}
 
 
 def built_here() -> str:
@@ -63,42 +48,8 @@ def built_here() -> str:
     return " and ".join(f"not {name}" for name, built in there.items() if not built)
 
 
-def wait(process: subprocess.Popen, seconds: float) -> bool:
-    """Whether it ends by itself. When its time is up it is interrupted, which leaves it its reports, then killed."""
-    try:
-        process.wait(max(seconds, 0))
-        return process.returncode >= 0
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-    try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    return False
-
-
-def is_well(part: dict) -> bool:
-    return part["finished"] and part["exit"] in (0, NOTHING_COLLECTED)
-
-
-def results(report: Path, finished: bool) -> dict:
-    """Counts and failures of pytest's JUnit report, which is not there if pytest was killed."""
-    cases = list(ElementTree.parse(report).iter("testcase")) if report.is_file() else []
-    counts: Counter[str] = Counter()
-    failures = {}
-    # The report calls a test that was interrupted passed.
-    for case in cases if finished else cases[:-1]:
-        problem = next((child for child in case if child.tag in ("failure", "error")), None)
-        if problem is not None:
-            failures[case.get("name", "")] = (problem.get("message") or problem.text or "").strip()[:500]
-        skipped = case.find("skipped") is not None
-        counts["failed" if problem is not None else "skipped" if skipped else "passed"] += 1
-    return {name: counts[name] for name in COUNTS} | {"failures": failures}
-
-
 def test_files() -> dict[str, list[str]]:
-    """Files and pytest's arguments for each: the operators' whole, of the engine's what is marked `gpu`."""
+    """Files and pytest's options for each: the operators' whole, of the engine's what is marked `gpu`."""
     operators = [f"tests/test_{name}.py" for name in mvd_kernels.operators()]
     chosen: dict[str, list[str]] = {file: [] for file in operators if Path(file).is_file()}
     engine = [str(file) for file in sorted(Path("tests").glob("test_*.py")) if "pytest.mark.gpu" in file.read_text()]
@@ -109,74 +60,62 @@ def test_files() -> dict[str, list[str]]:
     return chosen | {file: ["-m", "gpu"] for file in engine}
 
 
-def total(parts: dict[str, dict]) -> dict[str, int]:
-    return {name: sum(part[name] for part in parts.values()) for name in COUNTS}
-
-
-def machine() -> dict[str, object]:
-    facts: dict[str, object] = {
-        "torch": torch.__version__,
-        "triton": triton.__version__ if HAS_TRITON else None,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "commit": first_line("git", "rev-parse", "HEAD"),
-        "device": "none: a trial on the CPU",
-    }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {
-            "device": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "memory": properties.total_memory,
-            "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        }
-    return facts
-
-
-def first_line(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def run_all(deadline: float, arguments: Sequence[str], scratch: Path) -> dict:
+def run_all(out: Path, deadline: float, bench_seconds: str, options: Sequence[str], scratch: Path) -> bool:
     """Tests side by side, for at most half of the time, as they wait for compilers more than for the GPU; then the
-    benchmarks one after another, each with its share of what is left."""
-    chosen = test_files()
-    half = (deadline - time.monotonic()) / 2
+    benchmarks one after another, each with its share of what is left. Returns whether all is well."""
+    chosen, half = test_files(), (deadline - time.monotonic()) / 2
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda file: run(file, half, [*chosen[file], *arguments], scratch), chosen)
-        tests = dict(zip(chosen, found, strict=True))
-    benchmarks = {}
+        ended = pool.map(lambda file: run(file, half, [*chosen[file], *options]), chosen)
+        whole = {"parts": dict(zip(chosen, ended, strict=True)), "machine_info": machine(), "benchmarks": []}
+    write(out, whole)
+    try:
+        import pytest_benchmark  # noqa: F401
+    except ImportError:  # as gpu.sh has said
+        return False
     files = sorted(map(str, Path("benchmarks").glob("bench_*.py")))
     for number, file in enumerate(files):
         share = (deadline - time.monotonic()) / (len(files) - number) - GRACE
-        benchmarks[file] = run(file, share, arguments, scratch)
-    parts = {"tests": tests, "benchmarks": benchmarks}
-    rows = [row for part in benchmarks.values() for row in part.pop("rows", [])]
-    measured = {name: fact for part in benchmarks.values() for name, fact in part.pop("machine", {}).items()}
-    return {
-        "machine": measured | machine(),
-        **{kind: {"total": total(found), "files": found} for kind, found in parts.items()},
-        "rows": rows,
+        rows = scratch / f"{Path(file).stem}.json"
+        timing = ["-p", "pytest_benchmark.plugin", f"--benchmark-json={rows}", f"--benchmark-max-time={bench_seconds}"]
+        whole["parts"][file] = run(file, share, [*timing, "--benchmark-quiet", *options])
+        if rows.is_file() and (text := rows.read_text()):
+            found = json.loads(text)
+            whole["benchmarks"] += found.pop("benchmarks")
+            whole |= found | {"machine_info": found["machine_info"] | machine()}
+        write(out, whole)
+    return all(part["exit"] in WELL for part in whole["parts"].values())
+
+
+def write(out: Path, content: dict) -> None:
+    aside = Path(f"{out}.new")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(out)
+
+
+def machine() -> dict[str, object]:
+    facts = {"torch": torch.__version__, "triton": triton.__version__ if HAS_TRITON else None}
+    if not torch.cuda.is_available():
+        return facts | {"device": "none: a trial on the CPU"}
+    properties = torch.cuda.get_device_properties(0)
+    query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader || true"
+    driver = subprocess.run(query, shell=True, capture_output=True, text=True).stdout
+    return facts | {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory": properties.total_memory,
+        "driver": driver.split("\n")[0],
     }
 
 
 def main() -> int:
-    out, seconds, *arguments = sys.argv[1:]
+    out, seconds, bench_seconds, *options = sys.argv[1:]
     deadline = time.monotonic() + float(seconds)
     if not torch.cuda.is_available() and os.environ.get("MVD_GPU_ON_CPU") != "1":
         print("gpu.sh needs a CUDA device, and torch sees none; MVD_GPU_ON_CPU=1 tries it without", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as scratch:
-        found = run_all(deadline, arguments, Path(scratch))
-    aside = Path(f"{out}.new")
-    aside.write_text(json.dumps(found, indent=1) + "\n")
-    aside.replace(out)
-    kinds = [found[kind] for kind in ("tests", "benchmarks")]
-    well = all(is_well(part) for kind in kinds for part in kind["files"].values())
-    print(f"{out}: tests {kinds[0]['total']}, benchmarks {kinds[1]['total']}{'' if well else '; not all is well'}")
+        well = run_all(Path(out), deadline, bench_seconds, options, Path(scratch))
+    print(f"{out}{'' if well else '; not all is well'}")
     return int(not well)
 
 

@@ -82,6 +82,8 @@ class Case:
     """takes what a side returns and gives what is compared instead, for sides that draw random numbers"""
     calls: int = 1
     """in a round, for calls that take no longer than reading the clock"""
+    timer: Callable[[], float] | None = None
+    """in place of that of pytest-benchmark's options"""
     rounds: dict[str, list[float]] = field(init=False, default_factory=dict)
     """seconds of a call, by side"""
 
@@ -156,7 +158,7 @@ class Case:
                     break
                 # Who goes first alternates, as the one after a long call finds other caches.
                 for name in right if number % 2 else reversed(right):
-                    rounds[name].append(clock(self.sides[name].call, timer, self.calls))
+                    rounds[name].append(clock(self.sides[name].call, self.timer or timer, self.calls))
                     self._phases[name].append(self.sides[name].phases())
         self.rounds = rounds
 
@@ -290,7 +292,7 @@ def table(rows: Iterable[Any]) -> list[str]:
         info = row.extra_info
         gflops, gbytes = (f"{info[unit]:.1f}" if info[unit] else "" for unit in ("GFLOP/s", "GB/s"))
         share = "" if info["share_of_peak"] is None else f"{info['share_of_peak']:.0%}"
-        goal = "" if info["goal"] is None else f"{info['goal']:g}"
+        goal = "" if info["goal"] is None else f"{info['goal']:.2g}"
         memory = f"  at most {info['memory_goal']:.0%} of the reference's temporary" if info["memory_goal"] else ""
         lines.append(
             f"{row.group if row.group != previous else '':<58} {row.params['side']:<20} {row.stats.median * 1e3:9.3f} "

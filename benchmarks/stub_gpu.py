@@ -49,9 +49,9 @@ def stub_gpu() -> Iterator[None]:
     """Inside, operators run as their Triton launchers on tensors of the CPU; results are whatever the memory held."""
     assert not interpreting(), "leave TRITON_INTERPRET unset"
     before, _dispatch._triton_problem = _dispatch._triton_problem, lambda device: None
-    triton.runtime.driver.set_active(_Driver())
+    driver, triton.runtime.driver._active = triton.runtime.driver._active, _Driver()
     try:
         with use_impl("triton"):
             yield
     finally:
-        _dispatch._triton_problem = before
+        _dispatch._triton_problem, triton.runtime.driver._active = before, driver

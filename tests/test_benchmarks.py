@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -181,6 +182,13 @@ def test_table():
     assert title == "case side ms ratio goal GFLOP/s GB/s peak temporary results (MiB)"
     assert first == "attention fwd ours 12.500 2.00x 2.5 250.0 71% 3.0 0.5 at most 25% of the reference's temporary"
     assert second == "SDPA 25.000 1.00x 0.0 1.0"
+
+
+def test_the_packages_import_nothing_of_the_benchmarks():
+    names = "|".join(sorted(file.stem for file in BENCHMARKS.glob("*.py")))
+    imports = re.compile(rf"^\s*(from|import) ({names}|benchmarks)\b|import_module\([\"'](bench|step)", re.MULTILINE)
+    files = [file for folder in ("mvd_fast", "kernels") for file in (BENCHMARKS.parent / folder).rglob("*.py")]
+    assert len(files) > 50 and not [str(file) for file in files if imports.search(file.read_text())]
 
 
 # ---- under pytest-benchmark ----

@@ -28,14 +28,30 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_json_has_what_passed_and_what_failed(tmp_path):
+def test_the_json_has_how_files_ended_and_the_benchmarks(tmp_path):
     out = tmp_path / "out.json"
-    result = run(out, "-k", "test_philox", MVD_GPU_ON_CPU="1")
+    result = run(out, "-k", "test_philox or bench_tube_mask and ours", MVD_GPU_ON_CPU="1")
+    assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(out.read_text())
-    assert result.returncode == 0, result.stdout
-    assert found["tests"]["total"] == {"passed": 3, "failed": 0, "skipped": 0}
-    assert found["machine"]["torch"] == torch.__version__
-    assert found["rows"] == []
+    assert found["parts"]["tests/test_tube_mask.py"]["said"].startswith("3 passed")
+    assert found["machine_info"]["torch"] == torch.__version__
+    assert [one["name"] for one in found["benchmarks"]] == ["test_tube_mask[ours]"]
+
+
+@pytest.mark.slow
+def test_without_pytest_benchmark_and_pip_tests_run_and_a_sentence_says_it(tmp_path):
+    """A Python that finds neither: the folder of the checkout that might hold them is another."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for name in ("pytest_benchmark", "pip"):
+        (hidden / f"{name}.py").write_text("raise ImportError")
+    out = tmp_path / "out.json"
+    result = run(out, "-k", "test_philox", MVD_GPU_ON_CPU="1", PYTHONPATH=str(hidden), MVD_GPU_PACKAGES=str(tmp_path))
+    assert result.returncode == 1
+    assert "gpu.sh runs no benchmarks: pytest-benchmark is not installed and pip cannot fetch it" in result.stderr
+    found = json.loads(out.read_text())
+    assert found["parts"]["tests/test_tube_mask.py"]["said"].startswith("3 passed")
+    assert found["benchmarks"] == [] and not any("bench_" in file for file in found["parts"])
 
 
 def test_the_engines_tests_for_a_gpu_run_there(monkeypatch, capsys):
@@ -52,32 +68,18 @@ def test_the_engines_tests_for_a_gpu_run_there(monkeypatch, capsys):
     assert "left out, as pydantic is not installed here: tests/test_ahead.py" in capsys.readouterr().out
 
 
-def test_results_of_a_report(tmp_path, monkeypatch):
+def test_what_fails_or_takes_too_long_is_not_well(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     import gpu_run
 
-    report = tmp_path / "report.xml"
-    assert gpu_run.results(report, finished=False) == {"passed": 0, "failed": 0, "skipped": 0, "failures": {}}
-    cases = ('<failure message="because"/>', "<skipped/>", "", '<error message="broken"/>', "")
-    inside = "".join(f'<testcase name="test_{i}">{case}</testcase>' for i, case in enumerate(cases))
-    report.write_text(f"<testsuites><testsuite>{inside}</testsuite></testsuites>")
-    found = gpu_run.results(report, finished=True)
-    failures = {"test_0": "because", "test_3": "broken"}
-    assert found == {"passed": 2, "failed": 2, "skipped": 1, "failures": failures}
-    assert gpu_run.results(report, finished=False)["passed"] == 1
+    def ended(content: str, seconds: float = 60) -> dict:
+        (tmp_path / "test_one.py").write_text(content)
+        return gpu_run.run(str(tmp_path / "test_one.py"), seconds, ["-k", ""])
 
-
-def test_what_takes_too_long_is_not_well(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    import gpu_run
-
+    assert ended("def test(): pass")["exit"] in gpu_run.WELL
+    assert ended("")["exit"] in gpu_run.WELL  # nothing is collected
+    failed = ended("def test(): assert 1 == 2")
+    assert failed["exit"] == 1 and any("assert 1 == 2" in line for line in failed["log"])
     monkeypatch.setattr(gpu_run, "GRACE", 1)
-    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        assert not gpu_run.wait(process, 0.1)
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        assert gpu_run.wait(process, 60)
-    assert gpu_run.is_well({"finished": True, "exit": 0})
-    assert not gpu_run.is_well({"finished": False, "exit": 0})
-    assert not gpu_run.is_well({"finished": True, "exit": 1})
+    deaf = "import signal, time\ndef test():\n signal.signal(signal.SIGINT, signal.SIG_IGN)\n time.sleep(60)"
+    assert ended(deaf, 5)["exit"] not in gpu_run.WELL
