@@ -60,6 +60,8 @@ def side_names(args: argparse.Namespace) -> list[str]:
     names = list(RECIPES) if args.recipes == "all" else args.recipes.split(",")
     if unknown := [name for name in names if name not in RECIPES]:
         raise UserError(f"--recipes: {unknown[0]!r} is unknown; there are: all, {', '.join(RECIPES)}")
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch}: a step has at least one clip")
     precisions = dict.fromkeys([load_config(args.config, args.set).precision, *(["fp32"] if args.fp32 else [])])
     return [*(f"engine {name}" for name in names), *(f"yardstick {precision}" for precision in precisions)]
 

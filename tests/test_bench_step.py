@@ -68,6 +68,7 @@ def test_loading_is_timed_beside_the_step_and_alone(found: dict) -> None:
     [
         (("--recipes", "exact,int9"), "--recipes: 'int9' is unknown; there are: all, exact, compiled, ahead"),
         (("--config", "vitx"), "vitx"),
+        (("--batch", "0"), "--batch 0: a step has at least one clip"),
     ],
 )
 def test_what_is_unknown_is_named_in_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:
