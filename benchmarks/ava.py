@@ -73,7 +73,7 @@ def main() -> None:
     results: dict[str, Any] = {"actions": len(ACTIONS), "validation": {}, "test": {side: [] for side in inits}}
 
     def run(side: str, lr: float, seed: int) -> Path:
-        changes = lists | {"model.init": inits[side], "optim.base_lr": lr, "seed": seed}
+        changes = lists | {"init": inits[side], "optim.base_lr": lr, "seed": seed}
         return train("demo/ava", out / f"{side.replace(' ', '_')}_{lr}_{seed}", changes)
 
     for side in inits:

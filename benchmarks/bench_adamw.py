@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("deepspeed")
 
-from mvd_fast.config_file import load_config
-from mvd_fast.models import build_model
+from mvd_fast.config.load import load_config
+from mvd_fast.tasks.distill import DistilledStudent
 from mvd_fast.training import launch
 from mvd_fast.training.engine import backward, start_engine
 from mvd_fast.training.optim import set_lr
@@ -45,7 +45,7 @@ def case() -> Iterator[Case]:
         for name, stage in SIDES.items():
             config = load_config("vitb_from_vitb", [f"deepspeed.zero_optimization.stage={stage}", "batch.size=1"])
             torch.manual_seed(0)
-            engines[name] = start_engine(Linear(build_model(config.model, config.teachers)), config, 1, 1)
+            engines[name] = start_engine(Linear(DistilledStudent(config.model, config.decoders)), config, 1, 1)
             set_lr(engines[name].optimizer, 1e-3)
 
         def update(engine) -> list[Tensor]:

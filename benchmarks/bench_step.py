@@ -12,27 +12,27 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from harness import DEVICE, Case, Side
 from less_work import RECIPES, STORED
 from step_data import Feed, store_targets
-from torch import Tensor, nn
+from torch import Tensor
 from yardstick import distillation_losses
 
 pytest.importorskip("deepspeed")
 
-from mvd_fast.config import RunConfig, TeacherConfig
-from mvd_fast.config_file import load_config
+from mvd_fast.config.load import load_config
 from mvd_fast.errors import UserError
-from mvd_fast.models import ImageTeacher, VideoTeacher, build_model
-from mvd_fast.objectives.distillation import DistillationObjective, assemble
-from mvd_fast.targets.ahead import targets_ahead
-from mvd_fast.teachers import DTYPES, to_precision
+from mvd_fast.models import ClipConfig, ImageTeacher, VideoTeacher, ViTConfig
+from mvd_fast.models.frozen import DTYPES, to_precision
+from mvd_fast.targets.mae import FrameFeatures
+from mvd_fast.tasks.distill import Config, Distill, DistilledStudent, assemble
 from mvd_fast.training import launch
 from mvd_fast.training.engine import backward, start_engine
 from mvd_fast.training.metrics import PhaseTimer
@@ -86,36 +86,35 @@ def test_step(compare, case, side):
     compare(case, side)
 
 
-def make_objective(config: RunConfig) -> DistillationObjective:
+def make_task(config: Config) -> Distill:
+    """The recipe's networks, an image teacher and a video teacher, with random weights."""
     torch.manual_seed(0)
-    model, image, video = config.model, config.teachers.image, config.teachers.video
-    video_teacher = VideoTeacher(
-        video.image_size, video.patch_size, model.num_frames, model.tubelet_size, *_sizes(video)
-    )
-    image_teacher = ImageTeacher(image.image_size, image.patch_size, *_sizes(image))
-    objective = assemble(config, build_model(model, config.teachers), image_teacher, video_teacher)
-    for module in objective.modules():  # the same branches on both sides
+    model, (image, video) = config.model, config.targets
+    own = {"image_size", "patch_size", "embed_dim", "depth", "num_heads"}
+    clip = {"num_frames": model.num_frames, "tubelet_size": model.tubelet_size}
+    video_teacher = VideoTeacher(ClipConfig(**video.model_dump(include=own), **clip))
+    image_teacher = ImageTeacher(ViTConfig(**image.model_dump(include=own)))
+    frames = FrameFeatures(image_teacher, model.tubelet_size, model.grid[0])
+    student = DistilledStudent(model, config.decoders)
+    task = assemble(config, student, {"image": frames, "video": video_teacher})
+    for module in task.modules():  # the same branches on both sides
         if hasattr(module, "drop_path"):
             module.drop_path.rate = 0.0
-    return objective.train().to(DEVICE)
+    return task.train().to(DEVICE)
 
 
-def _sizes(teacher: TeacherConfig) -> tuple[int, int, int]:
-    return teacher.embed_dim, teacher.depth, teacher.num_heads
-
-
-def make_batch(config: RunConfig, clips: int, masks: int = 1) -> dict[str, Tensor]:
+def make_batch(config: Config, clips: int, masks: int = 1) -> dict[str, Tensor]:
     """The same clips for every number of masks, and the same first mask of each."""
     torch.manual_seed(1)
     model = config.model
     numbers = torch.arange(clips)[:, None] + clips * torch.arange(masks)
-    mask = tube_mask(0, 0, numbers.flatten(), model.grid, config.data.mask_ratio).mask.view(clips, masks, -1)
+    mask = tube_mask(0, 0, numbers.flatten(), model.grid, config.mask.ratio).mask.view(clips, masks, -1)
     video = torch.randn(clips, 3, model.num_frames, model.image_size, model.image_size)
     return {"video": video.to(DEVICE), "mask": (mask[:, 0] if masks == 1 else mask).to(DEVICE)}
 
 
 def make_feed(
-    args: argparse.Namespace, changes: Sequence[str], objective: DistillationObjective, samples: int, folder: Path
+    args: argparse.Namespace, changes: Sequence[str], task: Distill, samples: int, folder: Path
 ) -> Feed | None:
     """The loader of a side, whose config has `changes` in it; none without `--data`."""
     if not args.data:
@@ -124,7 +123,7 @@ def make_feed(
     overrides = [*args.set, *changes, f"data.train={json.dumps(args.data)}"]
     if STORED[0] in changes:
         own = Path(tempfile.mkdtemp(dir=folder))
-        config = store_targets(args.config, overrides, objective, own, args.batch, device)
+        config = store_targets(args.config, overrides, task, own, args.batch, device)
     else:
         config = load_config(args.config, overrides)
     return Feed(config, samples, device)
@@ -138,14 +137,14 @@ def wait_for(feed: Feed | None, timer: PhaseTimer) -> None:
 
 def yardstick_side(precision: str, args: argparse.Namespace, folder: Path) -> tuple[Side, Feed | None]:
     config, clips, device = load_config(args.config, args.set), args.batch, torch.device(DEVICE)
-    objective, batch, timer = make_objective(config), make_batch(config, clips), PhaseTimer(device)
-    optimizer = build_optimizer(objective.model, config.optim)
-    feed = make_feed(args, (), objective, clips, folder)
+    task, batch, timer = make_task(config), make_batch(config, clips), PhaseTimer(device)
+    optimizer = build_optimizer(task.network, config.optim)
+    feed = make_feed(args, (), task, clips, folder)
 
     def run() -> list[Tensor]:
         wait_for(feed, timer)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            out = distillation_losses(objective, batch, timer.phase)
+            out = distillation_losses(task, batch, timer.phase)
         with timer.phase("backward"):
             out["loss"].backward()
         with timer.phase("optimiser"):
@@ -156,7 +155,7 @@ def yardstick_side(precision: str, args: argparse.Namespace, folder: Path) -> tu
     return Side(
         run,
         TOLERANCE["bf16"],  # of a second yardstick, against the first
-        flops=objective.flops() * clips,  # the engine's for the same results; the yardstick does more
+        flops=task.flops().step * clips,  # the engine's for the same results; the yardstick does more
         dtype=DTYPES[precision],
         samples=clips,
         phases=timer.collect,
@@ -167,29 +166,25 @@ def yardstick_side(precision: str, args: argparse.Namespace, folder: Path) -> tu
 def engine_side(recipe: str, args: argparse.Namespace, folder: Path) -> tuple[Side, Feed | None]:
     """The engine with a recipe in its config."""
     config, clips, device = load_config(args.config, [*args.set, *RECIPES[recipe]]), args.batch, torch.device(DEVICE)
-    objective, batch = make_objective(config), make_batch(config, clips, config.data.masks_per_clip)
+    task, batch = make_task(config), make_batch(config, clips, config.mask.per_clip)
     batch["video"] = batch["video"].to(DTYPES[config.precision])
-    samples, student = clips * config.data.masks_per_clip, objective.model
-    feed = make_feed(args, RECIPES[recipe], objective, samples, folder)  # stores teachers as a checkpoint has them
-    teachers = {"image_teacher": config.teachers.image, "video_teacher": config.teachers.video}
-    for role, teacher in teachers.items():
-        to_precision(getattr(objective, role), teacher.precision or config.precision)
+    samples, student = clips * config.mask.per_clip, task.network
+    feed = make_feed(args, RECIPES[recipe], task, samples, folder)  # stores teachers as a checkpoint has them
+    for target in config.targets:
+        to_precision(task.targets[target.title], target.precision or config.precision)
     if config.teachers.cache.path:
         with torch.no_grad():
-            batch["target_image"], batch["target_video"] = objective.targets(batch["video"])
-        objective.image_teacher = objective.video_teacher = None
+            batch = task.with_targets(batch)
+        task.targets.clear()
     whole = config.model_copy(update={"batch": config.batch.model_copy(update={"size": samples})})
     engine = start_engine(student, whole, samples, 1)
-    objective.model = engine
-    timer = watch(objective, student)
-    batches = repeat(batch)
-    if config.teachers.ahead:
-        batches = targets_ahead(objective, batches, device)
+    timer = watch(task)
+    batches = task.batches(repeat(batch), device)
 
     def run() -> list[Tensor]:
         wait_for(feed, timer)
         torch.manual_seed(0)  # the same choice of tokens in every step
-        out = objective(next(batches))
+        out = task.loss(engine, next(batches))
         with timer.phase("backward"):
             backward(engine, out["loss"])
         with timer.phase("optimiser"):
@@ -200,7 +195,7 @@ def engine_side(recipe: str, args: argparse.Namespace, folder: Path) -> tuple[Si
     return Side(
         run,
         INEXACT_TOLERANCE if inexact else tolerance(config),
-        flops=objective.flops() * clips,
+        flops=task.flops().step * clips,
         dtype=DTYPES[config.precision],
         samples=samples,
         phases=lambda: _exclusive(timer.collect()),
@@ -208,28 +203,34 @@ def engine_side(recipe: str, args: argparse.Namespace, folder: Path) -> tuple[Si
     ), feed
 
 
-def tolerance(config: RunConfig) -> float:
+def tolerance(config: Config) -> float:
     """bf16's wherever something is in bf16."""
-    used = {config.precision, config.teachers.image.precision, config.teachers.video.precision}
+    used = {config.precision, *(target.precision for target in config.targets)}
     return TOLERANCE["bf16" if "bf16" in used else "fp32"]
 
 
-def watch(objective: DistillationObjective, student: nn.Module) -> PhaseTimer:
-    """Times the engine's parts by hooks on its modules."""
+def watch(task: Distill) -> PhaseTimer:
+    """Times the engine's parts, on its modules and methods."""
     timer = PhaseTimer(torch.device(DEVICE))
-    parts = [("student", student)]
-    parts += [(name.replace("_", " "), part) for name, part in objective.named_children() if name != "model"]
-    decoders = [student.decoder_img, student.decoder_vid]
-    parts += [("decoders", decoder) for decoder in decoders] + [("heads and loss", one.head) for one in decoders]
-    for name, part in parts:
-        timer.watch(name, part)
+    for name, network in {"whole student": task.network, **task.frozen()}.items():
+        timer.watch(name.replace("_", " "), network)
+    for name, method in (("student", "encode"), ("decoders", "decode")):
+        setattr(task.network, method, timed(timer, name, getattr(task.network, method)))
     return timer
 
 
+def timed(timer: PhaseTimer, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def timed_call(*args: Any, **options: Any) -> Any:
+        with timer.phase(name):
+            return call(*args, **options)
+
+    return timed_call
+
+
 def _exclusive(spent: dict[str, float]) -> dict[str, float]:
-    """Without what is inside: a student's decoders, their heads."""
-    student, decoders, heads = (spent[name] for name in ("student", "decoders", "heads and loss"))
-    whole = {**spent, "student": student - decoders, "decoders": decoders - heads}
+    """Of a student that is neither its encoder nor its decoders are the heads, which hold the loss."""
+    heads = spent["whole student"] - spent["student"] - spent["decoders"]
+    whole = {**spent, "heads and loss": heads}
     return {name: whole[name] for name in PHASES if name in whole}
 
 

@@ -78,7 +78,7 @@ def main() -> None:
     for side, init in inits.items():
         tried = {}
         for lr, decay in itertools.product(LEARNING_RATES, LAYER_DECAYS):
-            changes = {"model.init": init, "optim.base_lr": lr, "optim.layer_decay": decay}
+            changes = {"init": init, "optim.base_lr": lr, "optim.layer_decay": decay}
             lists = {"data.train": str(train_list), "evaluation.list": str(val_list)}
             run = train("demo/finetune", out / f"{side.replace(' ', '_')}_{lr}_{decay}", changes | lists)
             last = [json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()]
@@ -89,7 +89,7 @@ def main() -> None:
     for seed, side in itertools.product(range(SEEDS), inits):
         changes = {f"optim.{name}": value for name, value in results["chosen"][side].items()}
         lists = {"data.train": str(demo / "data" / "train.txt"), "evaluation.list": ""}
-        whole = changes | lists | {"model.init": inits[side], "seed": seed}
+        whole = changes | lists | {"init": inits[side], "seed": seed}
         run = train("demo/finetune", out / f"{side.replace(' ', '_')}_seed{seed}", whole)
         results["test"][side].append(test(run, demo / "data" / "test.txt"))
         print(seed, side, results["test"][side][-1], flush=True)

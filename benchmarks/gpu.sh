@@ -5,8 +5,8 @@
 #     benchmarks/gpu.sh [OUT.json] [pytest arguments, such as -k add_layer_norm]
 #
 # Runs from the checkout, builds nothing and changes nothing of the interpreter: torch, Triton, NumPy and pytest are all
-# that the operators need, safetensors and pydantic the engine's tests, DeepSpeed the whole step; what lacks one of them
-# is left out by name. Benchmarks need pytest-benchmark: where it is not installed, pip puts it into build/gpu_packages
+# that the operators need, safetensors, pydantic and einops the engine's tests, DeepSpeed the whole step; what lacks one
+# of them is left out by name. Benchmarks need pytest-benchmark: where it is not installed, pip puts it into build/gpu_packages
 # (pure Python, so that a machine without a network may be handed the folder with the checkout). Ends with 1 if
 # something failed, did not finish or could not run; the JSON is written after every file.
 # PYTHON: the interpreter (python3). MVD_GPU_SECONDS: time for all of it (570). MVD_BENCH_SECONDS: how long a side is

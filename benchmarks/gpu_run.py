@@ -54,8 +54,9 @@ def test_files() -> dict[str, list[str]]:
     chosen: dict[str, list[str]] = {file: [] for file in operators if Path(file).is_file()}
     engine = [str(file) for file in sorted(Path("tests").glob("test_*.py")) if "pytest.mark.gpu" in file.read_text()]
     engine = [file for file in engine if file not in chosen]
-    if find_spec("pydantic") is None:
-        print(f"left out, as pydantic is not installed here: {', '.join(engine)}", flush=True)
+    if lacking := [name for name in ("einops", "pydantic") if find_spec(name) is None]:
+        verb = "is" if len(lacking) == 1 else "are"
+        print(f"left out, as {' and '.join(lacking)} {verb} not installed here: {', '.join(engine)}", flush=True)
         return chosen
     return chosen | {file: ["-m", "gpu"] for file in engine}
 

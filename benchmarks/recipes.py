@@ -20,14 +20,14 @@ import torch
 from less_work import HALF, INT8, MASKS
 from spread import spread
 
-from mvd_fast.config import RunConfig
-from mvd_fast.config_file import load_config
+from mvd_fast.config.load import load_config
+from mvd_fast.config.run import RunConfig
 from mvd_fast.demo.evaluate import LABELS, clip_labels
 from mvd_fast.downstream.features import clip_features
 from mvd_fast.downstream.probe import linear_probe
 from mvd_fast.files import SUMMARY, WEIGHTS, write_text
 from mvd_fast.interop.weights import load_into, read_weights
-from mvd_fast.models import build_model
+from mvd_fast.tasks import build_task
 
 RECIPES: dict[str, tuple[str, ...]] = {
     "exact": (),
@@ -77,7 +77,7 @@ def train(demo: Path, recipe: str, seed: int) -> RunConfig:
 def measure(config: RunConfig) -> dict[str, float]:
     """Probes of the trained student, its last loss, seconds of training and student samples per second."""
     demo_data = Path(config.data.train).parent
-    student = build_model(config.model, config.teachers).eval()
+    student = build_task(config.as_written()).eval().network
     weights = Path(config.output_dir) / WEIGHTS
     load_into(student, read_weights(weights), weights)
     features, labels = {}, {}

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mvd_fast.config import RunConfig
-from mvd_fast.config_file import load_config
+from mvd_fast.config.load import load_config
+from mvd_fast.config.run import RunConfig
 from mvd_fast.data import build_loader
 from mvd_fast.data.pipeline import PIPELINE_DEPTH
-from mvd_fast.objectives.distillation import DistillationObjective
-from mvd_fast.targets.build import Builder
-from mvd_fast.targets.store import open_targets
+from mvd_fast.target_store.build import Builder
+from mvd_fast.target_store.store import open_targets
+from mvd_fast.tasks.distill import Distill
 
 PULLS = 16
 
@@ -26,7 +26,8 @@ class Feed:
     batch in every step, so that losses can be compared."""
 
     def __init__(self, config: RunConfig, samples: int, device: torch.device) -> None:
-        self.loader = build_loader(config, 0, 1, device, samples, 1, open_targets(config, device))
+        targets = open_targets(config, device) if config.stored_widths() else None
+        self.loader = build_loader(config, 0, 1, device, samples, 1, targets)
         self.batches = self.loader.batches(0)
         self.ahead = config.data.prefetch + PIPELINE_DEPTH + 1
 
@@ -56,13 +57,13 @@ class Feed:
 
 
 def store_targets(
-    file: str, overrides: list[str], objective: DistillationObjective, folder: Path, clips: int, device: torch.device
+    file: str, overrides: list[str], task: Distill, folder: Path, clips: int, device: torch.device
 ) -> RunConfig:
-    """The config with a store in `folder`, made as `mvd-fast teachers cache` makes it, by the objective's teachers."""
+    """The config with a store in `folder`, made as `mvd-fast teachers cache` makes it, by the task's teachers."""
     places = {"teachers.cache.path": folder / "targets"}
-    for role, teacher in (("image", objective.image_teacher), ("video", objective.video_teacher)):
-        places[f"teachers.{role}.checkpoint"] = folder / f"{role}.safetensors"
-        save_file(teacher.state_dict(), folder / f"{role}.safetensors")
+    for name, teacher in (("image", task.targets["image"].teacher), ("video", task.targets["video"])):
+        places[f"targets.{name}.checkpoint"] = folder / f"{name}.safetensors"
+        save_file(teacher.state_dict(), folder / f"{name}.safetensors")
     config = load_config(file, [*overrides, *(f"{key}={json.dumps(str(value))}" for key, value in places.items())])
     Builder(config, device, clips, None, 0, 1).run()
     return config

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvd_fast.config_file import load_config
+from mvd_fast.config.load import load_config
 from mvd_fast.data import build_loader
 from mvd_fast.models.frozen import FrozenLinear
-from mvd_fast.objectives import build_objective
+from mvd_fast.tasks import build_task
 from mvd_kernels import linear_8bit, quantize_weight
 
 CLIPS = 8
@@ -27,7 +27,7 @@ CLIPS = 8
 def cosines(demo: Path) -> dict[str, Tensor]:
     """Of every linear layer in the blocks of both teachers, by name: float64 [tokens]."""
     config = load_config(str(demo / "student" / "config.json"), [f"data.train={demo / 'data' / 'test.txt'}"])
-    objective = build_objective(config).eval()
+    task = build_task(config).eval()
     found: dict[str, Tensor] = {}
 
     def compare(name: str, layer: FrozenLinear):
@@ -41,12 +41,12 @@ def cosines(demo: Path) -> dict[str, Tensor]:
 
         return hook
 
-    for role in ("image_teacher", "video_teacher"):
-        for name, layer in getattr(objective, role).named_modules():
+    for role, network in task.frozen().items():
+        for name, layer in network.named_modules():
             if isinstance(layer, FrozenLinear):
                 layer.register_forward_hook(compare(f"{role}.{name}", layer))
     loader = build_loader(config, 0, 1, torch.device("cpu"), CLIPS, 1)
-    objective.targets(next(loader.batches(0))["video"])
+    task.with_targets(next(loader.batches(0)))
     loader.close()
     return found
 

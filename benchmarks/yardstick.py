@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvd_fast.models.layers import LN_EPS, Attention, Block, Decoder
-from mvd_fast.models.student import BRANCHES
-from mvd_fast.objectives.distillation import DistillationObjective
+from mvd_fast.models.student import RELEASED
+from mvd_fast.targets.mae import FrameFeatures
+from mvd_fast.tasks.distill import Distill
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -26,44 +27,41 @@ def untimed(name: str) -> Iterator[None]:
     yield
 
 
-def distillation_losses(
-    objective: DistillationObjective, batch: dict[str, Tensor], phase: Phase = untimed
-) -> dict[str, Tensor]:
-    """What `objective(batch)` returns, with the objective's own networks.
+def distillation_losses(task: Distill, batch: dict[str, Tensor], phase: Phase = untimed) -> dict[str, Tensor]:
+    """What `task(batch)` returns, with the task's own networks: MVD's student and teachers.
 
     batch: `video` float [B, 3, T, H, W], `mask` bool [B, N]. `phase(name)` is entered around each part of the work.
     """
-    video, mask, student = batch["video"], batch["mask"], objective.model
+    video, mask, student = batch["video"], batch["mask"], task.network
     with torch.no_grad():
         with phase("image teacher"):
-            image_target = image_features(objective, video)
+            image_target = image_features(task.targets["image"], video)
         with phase("video teacher"):
-            encoder = objective.video_teacher.encoder
+            encoder = task.targets["video"].encoder
             clip_target = blocks(encoder.blocks, embed(encoder.patch_embed.proj, video) + encoder.positions)
     with phase("student"):
         x = embed(student.patch_embed.proj, video) + student.pos_embed.type_as(video)
         x = layer_norm(student.norm, blocks(student.blocks, visible_rows(x, mask)))
-    losses = []
-    for branch, target in zip(BRANCHES, (image_target, clip_target), strict=True):
-        decoder: Decoder = getattr(student, f"decoder_{branch}")
+    losses = {}
+    for name, target in (("image", image_target), ("video", clip_target)):
+        decoder, branch = student.decoder(name), RELEASED[name]
         with phase("decoders"):
             decoded = decode(student, branch, x, mask)
         with phase("heads and loss"):
             prediction = F.linear(decoded, decoder.head.weight, decoder.head.bias)
-            if objective.normalize_targets:
+            if name in task.normalized:
                 target = F.layer_norm(target, target.shape[-1:], eps=LN_EPS)
-            losses.append(F.smooth_l1_loss(prediction.float(), visible_rows(target, ~mask).float()))
-    loss = objective.image_weight * losses[0] + objective.video_weight * losses[1]
-    return {"loss": loss, "loss_image": losses[0], "loss_video": losses[1]}
+            losses[name] = F.smooth_l1_loss(prediction.float(), visible_rows(target, ~mask).float())
+    loss = sum(task.weights[name] * part for name, part in losses.items())
+    return {"loss": loss, **{f"loss_{name}": part for name, part in losses.items()}}
 
 
-def image_features(objective: DistillationObjective, video: Tensor) -> Tensor:
+def image_features(target: FrameFeatures, video: Tensor) -> Tensor:
     """[B, 3, T, H, W] -> [B, N, C]: the image teacher on the first frame of every tubelet."""
-    teacher = objective.image_teacher
-    frames = video[:, :, :: objective.tubelet_size].transpose(1, 2).flatten(0, 1)
-    if frames.shape[-1] != teacher.image_size:
-        size = (teacher.image_size, teacher.image_size)
-        frames = F.interpolate(frames, size, mode="bilinear", antialias=True, align_corners=False)
+    teacher, size = target.teacher, target.teacher.config.image_size
+    frames = video[:, :, :: target.tubelet_size].transpose(1, 2).flatten(0, 1)
+    if frames.shape[-1] != size:
+        frames = F.interpolate(frames, (size, size), mode="bilinear", antialias=True, align_corners=False)
     x = embed(teacher.patch_embed.proj, frames) + teacher.pos_embed[:, 1:]
     cls = (teacher.cls_token + teacher.pos_embed[:, :1]).expand(len(x), -1, -1)
     x = blocks(teacher.blocks, torch.cat([cls.type_as(x), x], dim=1))[:, 1:]

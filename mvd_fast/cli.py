@@ -17,7 +17,7 @@ from mvd_fast.names import print_safely
 from mvd_fast.training import launch
 
 if TYPE_CHECKING:
-    from mvd_fast.config import RunConfig
+    pass
 
 PROGRAM = "mvd-fast"
 READER_LEFT = 141  # as of a program that SIGPIPE ends
@@ -134,7 +134,7 @@ def _bench_step(argv: Arguments) -> int:
 
 
 def _config_show(argv: Arguments) -> None:
-    from mvd_fast.config_file import load_config
+    from mvd_fast.config.load import load_config
 
     program = f"{PROGRAM} config show"
     parser = argparse.ArgumentParser(
@@ -150,31 +150,29 @@ def _config_show(argv: Arguments) -> None:
 
 def _config_keys(argv: Arguments) -> None:
     argparse.ArgumentParser(f"{PROGRAM} config keys", description=COMMANDS["config keys"].summary).parse_args(argv)
-    from mvd_fast.config_reference import reference
+    from mvd_fast.config.reference import reference
 
     print(reference(), end="")
 
 
+def _config_explain(argv: Arguments) -> None:
+    parser = argparse.ArgumentParser(f"{PROGRAM} config explain", description=COMMANDS["config explain"].summary)
+    parser.add_argument("key", metavar="KEY", help="dotted, such as optim.epochs, or a section, such as data.crop")
+    chosen = parser.parse_args(argv)
+    from mvd_fast.config.reference import explain
+
+    print(explain(chosen.key))
+
+
 def _config_list(argv: Arguments) -> None:
-    from mvd_fast.config_file import list_recipes, load_config
+    from mvd_fast.config.load import list_recipes, load_config
 
     argparse.ArgumentParser(f"{PROGRAM} config list", description=COMMANDS["config list"].summary).parse_args(argv)
     recipes = list_recipes()
     width = max(map(len, recipes), default=0)
     for name, path in recipes.items():
-        print(f"{name:{width}}  {_one_line(load_config(str(path)))}")
-
-
-def _one_line(config: RunConfig) -> str:
-    model, optim = config.model, config.optim
-    given = {"image": config.teachers.image, "video": config.teachers.video}
-    teachers = [f"{role} {teacher.embed_dim}/{teacher.depth}" for role, teacher in given.items() if teacher]
-    source = f" <- {', '.join(teachers)}" if teachers else ""
-    shape = f"{model.image_size} px" + (f" x {model.num_frames} frames" if model.num_frames > 1 else "")
-    return (
-        f"{model.kind} {model.embed_dim}/{model.depth}/{model.num_heads}{source}; {shape}; "
-        f"batch {config.batch.size}, {optim.epochs} epochs"
-    )
+        config = load_config(str(path))
+        print(f"{name:{width}}  {config.describe()}; batch {config.batch.size}, {config.optim.epochs} epochs")
 
 
 class Command(NamedTuple):
@@ -194,7 +192,7 @@ COMMANDS = {
     "demo": Command(_at("demo"), "both stages on a small synthetic video set, with a report"),
     "data check": Command(_at("data.check"), "name every unusable file of a list, and what would load faster"),
     "data show": Command(_at("data.show_command"), "what training sees of a list or file, as pictures"),
-    "teachers cache": Command(_at("targets.command"), "store the teachers' features, once for all epochs"),
+    "teachers cache": Command(_at("target_store.command"), "store the teachers' features, once for all epochs"),
     "convert": Command(_at("interop.convert"), "a checkpoint in the form of MVD, VideoMAE, Hugging Face or timm"),
     "probe": Command(_at("downstream.commands", "probe_main"), "classify by frozen features: linear, k-NN, attentive"),
     "features": Command(_at("downstream.commands", "features_main"), "store a checkpoint's features of videos"),
@@ -202,6 +200,7 @@ COMMANDS = {
     "ava-evaluate": Command(
         _at("downstream.ava_commands", "evaluate_main"), "AVA's frame mAP of a trained detector, and its detections"
     ),
+    "config explain": Command(_config_explain, "what a setting means, its default and who reads it"),
     "config keys": Command(_config_keys, "every setting with its default and meaning"),
     "config list": Command(_config_list, "name the recipes, one a line"),
     "config show": Command(_config_show, "print a config with everything that it extends, as JSON"),

@@ -36,6 +36,7 @@ def report() -> str:
         ("Devices", devices),
         ("Operators", operators),
         ("Native code", native_code),
+        ("Kinds", kinds),
     )
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -108,6 +109,14 @@ def native_code() -> Iterator[Row]:
         yield "DALI plugin", "loads", plugin_path().name
     except PluginError as error:
         yield "DALI plugin", "missing", str(error)
+
+
+def kinds() -> Iterator[Row]:
+    """What a config can name; further ones are files in folders on Python's path."""
+    from mvd_fast.config.kinds import DATASETS, TARGETS, TASKS, available_kinds
+
+    for title, package in (("tasks", TASKS), ("targets", TARGETS), ("datasets", DATASETS)):
+        yield title, ", ".join(available_kinds(package)), package
 
 
 def _collect(section: Callable[[], Iterable[Row]]) -> list[Row]:

@@ -15,8 +15,8 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
 
 from collections.abc import Sequence  # noqa: E402
 
-from mvd_fast.config import RunConfig  # noqa: E402
-from mvd_fast.config_file import ConfigError  # noqa: E402
+from mvd_fast.config.base import ConfigError  # noqa: E402
+from mvd_fast.config.run import RunConfig  # noqa: E402
 from mvd_fast.train import main as train  # noqa: E402
 
 
@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None, program: str = "mvd_fast/finetune.py
 
 
 def _require_fine_tuning(config: RunConfig) -> None:
-    if config.model.num_classes is None:
+    if config.stage != "finetune":
         raise ConfigError(
-            f"config {config.name} pre-trains a {config.model.kind} and has no classes; start it with "
+            f"config {config.name} has task {config.task!r}, which pre-trains and has no classes; start it with "
             "mvd_fast/train.py, or give a config for fine-tuning, such as finetune/k400_vitb"
         )
 

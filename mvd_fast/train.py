@@ -21,16 +21,18 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
 from mvd_fast.arguments import add_train_arguments  # noqa: E402
-from mvd_fast.config import RunConfig  # noqa: E402
-from mvd_fast.config_file import ConfigError, config_from_arguments, missing_files  # noqa: E402
+from mvd_fast.config.base import ConfigError  # noqa: E402
+from mvd_fast.config.checks import missing_files  # noqa: E402
+from mvd_fast.config.load import config_from_arguments  # noqa: E402
+from mvd_fast.config.run import RunConfig  # noqa: E402
 from mvd_fast.errors import INTERRUPTED, SAVED, UserError  # noqa: E402
 from mvd_fast.files import make_folder  # noqa: E402
 from mvd_fast.names import print_safely  # noqa: E402
 from mvd_fast.training import launch, messages  # noqa: E402
 
 if TYPE_CHECKING:
+    from mvd_fast.tasks import Validate
     from mvd_fast.training.prepare import Prepared
-    from mvd_fast.training.trainer import Validate
 
 Check = Callable[[RunConfig], None]
 
@@ -135,11 +137,10 @@ def _config(args: argparse.Namespace, check: Check) -> RunConfig:
 
 
 def _prepare(config: RunConfig, place: launch.Placement) -> tuple[Prepared, Validate | None]:
-    from mvd_fast.downstream.views import Validation
     from mvd_fast.training.prepare import prepare
 
     prepared = prepare(config, place)
-    return prepared, Validation(config, prepared.device).run if config.evaluation.list else None
+    return prepared, prepared.task.validation(config, prepared.device)
 
 
 def _train(prepared: Prepared, validate: Validate | None, args: argparse.Namespace) -> int:

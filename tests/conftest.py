@@ -20,6 +20,11 @@ if not torch.cuda.is_available():
 from op_checks import IMPLEMENTATIONS, LANGUAGES, running  # noqa: E402 (after the interpreter is chosen)
 
 
+def pytest_configure() -> None:
+    """Some tests start pytest themselves, which is no worker of this session's."""
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def kernels(request: pytest.FixtureRequest):
     """Every implementation of the fused operators that runs here, in turn; gives the device of its tensors."""

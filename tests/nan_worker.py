@@ -7,19 +7,19 @@ import sys
 from itertools import count
 from typing import Any
 
-from mvd_fast.objectives.distillation import DistillationObjective
+from mvd_fast.tasks.distill import Distill
 from mvd_fast.train import main
 
 config_file, rank, micro_batch = sys.argv[1], *map(int, sys.argv[2:])
-forward, numbers = DistillationObjective.forward, count()
+loss, numbers = Distill.loss, count()
 
 
-def spoiled(self: DistillationObjective, batch: dict[str, Any]) -> dict[str, Any]:
-    found = forward(self, batch)
+def spoiled(self: Distill, network: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    found = loss(self, network, batch)
     if (int(os.environ["RANK"]), next(numbers)) == (rank, micro_batch):
         found["loss"] = found["loss"] * float("nan")
     return found
 
 
-DistillationObjective.forward = spoiled
+Distill.loss = spoiled
 sys.exit(main(["--config", config_file]))

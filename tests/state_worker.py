@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from mvd_fast.config_file import load_config
-from mvd_fast.models import build_model
+from mvd_fast.config.load import load_config
+from mvd_fast.tasks.distill import DistilledStudent
 from mvd_fast.training import launch
 from mvd_fast.training.engine import backward, start_engine
 from mvd_kernels import tube_mask
@@ -42,16 +42,17 @@ def measure(config_file: str, stage: int, precision: str, accumulation: int) -> 
     model = config.model
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     video = torch.randn(2, 3, model.num_frames, model.image_size, model.image_size).to(dtype)
-    mask = tube_mask(0, 0, torch.arange(2), model.grid, config.data.mask_ratio).mask
+    mask = tube_mask(0, 0, torch.arange(2), model.grid, config.mask.ratio).mask
+    targets = {t.title: torch.randn(2, model.num_tokens, t.target_dim).to(dtype) for t in config.targets}
     gc.collect()
     before = storages()  # kept, so that no address is used again
-    network = build_model(model, config.teachers)
+    network = DistilledStudent(model, config.decoders)
     ranks = launch.world_size()
     engine = start_engine(network, config, config.batch.size // accumulation // ranks, accumulation)
     most = 0
     for update in range(2):
         for _ in range(accumulation):
-            loss = sum(part.float().pow(2).mean() for part in engine(video, mask))
+            loss = sum(part for part in engine(video, mask, targets).values())
             backward(engine, loss)
             del loss
             gc.collect()

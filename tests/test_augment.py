@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from video_files import assert_same, run_config, take, write_list, write_video
+from video_files import assert_same, data_setup, take, write_list, write_video
 
-from mvd_fast.config import AugmentConfig, RandAugmentConfig, RunConfig
 from mvd_fast.data import augment
-from mvd_fast.data.augment import Mix, draw_erasing, draw_mix, draw_operations, erase, mixed
+from mvd_fast.data.augment import (
+    AugmentConfig,
+    Mix,
+    RandAugmentConfig,
+    draw_erasing,
+    draw_mix,
+    draw_operations,
+    erase,
+    mixed,
+)
 from mvd_fast.data.lists import ListError
+from mvd_fast.data.loader import DataSetup
 from mvd_fast.data.sampling import Box, Purpose, SampleKey, dense_view, random_segments, uniform_view, view_offset
 
 VIEWS = json.loads((Path(__file__).parent / "data" / "recipe_facts.json").read_text())["test_views"]
@@ -136,12 +146,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_list(folder / "list.txt", names)
 
 
-def config(clips: Path, classes: int = 12, **recipe) -> RunConfig:
-    base = run_config(clips, kind="labelled", crop="random_resized", flip=0.5)
-    model = base.model.model_copy(
-        update={"kind": "classifier", "num_classes": classes, "num_frames": 8, "tubelet_size": 2}
-    )
-    return base.model_copy(update={"model": model, "augment": AugmentConfig.model_validate(recipe)})
+def config(clips: Path, classes: int = 12, **recipe) -> DataSetup:
+    cut = {"crop": "random_resized", "flip": 0.5}
+    return data_setup(clips, kind="labelled", classes=classes, augment=recipe, **cut)
 
 
 def test_batches_are_functions_of_seed_epoch_and_index(clips: Path) -> None:
@@ -161,10 +168,9 @@ def test_batches_are_functions_of_seed_epoch_and_index(clips: Path) -> None:
 
 def test_each_operation_treats_all_frames_alike(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clips that stand still stay still, and every operation changes one (not all: some have the full contrast)."""
-    still = config(clips, rand_augment={"layers": 1})
-    data = still.data.model_copy(update={"sampling_rate": 40, "crop": "center", "flip": 0.0})  # the first frame only
-    still = still.model_copy(update={"data": data, "batch": still.batch.model_copy(update={"size": 12})})
-    (before,) = take(still.model_copy(update={"augment": AugmentConfig()}), 1, micro=12)
+    first_frame = {"sampling_rate": 40, "crop": "center", "flip": 0.0}
+    still = data_setup(clips, kind="labelled", classes=12, augment={"rand_augment": {"layers": 1}}, **first_frame)
+    (before,) = take(replace(still, request=replace(still.request, augment=None)), 1, micro=12)
     changed = set()
     for first in (0, 12):
 

@@ -18,30 +18,28 @@ import tiny_runs
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from video_files import assert_same, write_video
+from video_files import assert_same, data_setup, loader_of, take, write_video
 
 from mvd_fast.cli import main
-from mvd_fast.config import RunConfig
-from mvd_fast.config_checks import faults
-from mvd_fast.config_file import load_config
-from mvd_fast.data import build_loader, media
+from mvd_fast.config.load import load_config
+from mvd_fast.data import media
 from mvd_fast.data.ava_files import AvaError, KeyFrame
-from mvd_fast.data.kinds import ava
+from mvd_fast.data.datasets import ava
+from mvd_fast.data.loader import DataSetup
 from mvd_fast.data.sampling import SampleKey, key_clip
 from mvd_fast.demo.ava_digits import AvaDigitSet, write_ava_digits
 from mvd_fast.interop.encoder import load_encoder
 from mvd_fast.interop.weights import WeightsError
-from mvd_fast.models import ImageTeacher, MaskedVideoStudent
+from mvd_fast.models import ClipConfig, ImageTeacher, MaskedVideoStudent
 from mvd_fast.models.detector import ActionDetector
-from mvd_fast.objectives.actions import ActionObjective
+from mvd_fast.tasks.detect import Detect
 
 SIZES = {**tiny_runs.ENCODER, **tiny_runs.CLIP}
-CPU = torch.device("cpu")
 
 
 def detector(**changes) -> ActionDetector:
     torch.manual_seed(0)
-    return ActionDetector(**{**SIZES, "num_classes": 5, "head_scale": 1.0, **changes}).eval()
+    return ActionDetector(ClipConfig(**{**SIZES, **changes}), num_classes=5, head_scale=1.0).eval()
 
 
 # ---- the network and what it minimises ----
@@ -70,10 +68,9 @@ def test_a_box_is_the_largest_of_its_bilinear_samples() -> None:
 
 def test_the_encoder_is_the_students(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    student = MaskedVideoStudent(**SIZES, **tiny_runs.DECODER, image_target_dim=8, video_target_dim=8).eval()
+    student = MaskedVideoStudent(**SIZES, **tiny_runs.two_decoders(8, 8)).eval()
     student.norm.weight.data.uniform_(0.5, 2)
-    (tmp_path / "config.json").write_text(json.dumps({"model": {"kind": "student", **SIZES}}))
-    save_file(student.state_dict(), tmp_path / "model.safetensors")
+    save_file(student.state_dict(), tmp_path / "model.safetensors", tiny_runs.said("distill", SIZES))
     model, video = detector(), torch.randn(2, 3, 8, 32, 32)
     load_encoder(model, tmp_path)
     with torch.no_grad():
@@ -88,8 +85,8 @@ def test_the_encoder_is_the_students(tmp_path: Path) -> None:
 
 
 def test_image_checkpoints_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model": {"kind": "mae", **tiny_runs.ENCODER}}))
-    save_file(ImageTeacher(**tiny_runs.ENCODER).state_dict(), tmp_path / "model.safetensors")
+    said = tiny_runs.said("mae", tiny_runs.ENCODER)
+    save_file(ImageTeacher(**tiny_runs.ENCODER).state_dict(), tmp_path / "model.safetensors", said)
     with pytest.raises(WeightsError, match="starts from a video checkpoint"):
         load_encoder(detector(), tmp_path)
 
@@ -102,17 +99,19 @@ def test_the_loss_is_the_mean_over_boxes_and_actions() -> None:
         "box_clip": torch.tensor([0, 0, 1]),
         "labels": torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 0]]),
     }
-    loss = ActionObjective(model)(batch)["loss"]
+    loss = Detect(model)(batch)["loss"]
     chances = model(batch["video"], batch["boxes"], batch["box_clip"]).sigmoid()
     expected = -torch.where(batch["labels"] == 1, chances, 1 - chances).log().mean()
     torch.testing.assert_close(loss, expected)
     nobody = {"boxes": torch.zeros(0, 4), "box_clip": torch.zeros(0, dtype=torch.int64), "labels": torch.zeros(0, 5)}
-    empty = ActionObjective(model)(batch | nobody)["loss"]
+    empty = Detect(model)(batch | nobody)["loss"]
     empty.backward()
     assert empty == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 # ---- data ----
+
+CUT = {"kind": "random_resized", "area": (0.5, 1.0)}
 
 
 def test_frames_around_a_key_frame() -> None:
@@ -120,17 +119,14 @@ def test_frames_around_a_key_frame() -> None:
     assert key_clip(20, 3, 4, 4).tolist() == [0, 0, 3, 7] and key_clip(20, 19, 4, 2).tolist() == [15, 17, 19, 19]
 
 
-def run_of(folder: Path, **data) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "name": "test",
-            "model": {"kind": "detector", **SIZES, "image_size": 64, "num_classes": 18},
-            "objective": {"kind": "actions"},
-            "data": {"kind": "ava", "train": str(folder / "train.csv"), "sampling_rate": 1, "crop": "whole", **data},
-            "batch": {"size": 2},
-            "optim": {"epochs": 1, "warmup_epochs": 0},
-        }
-    )
+def setup_of(folder: Path, **data) -> DataSetup:
+    data = {"sampling_rate": 1, "crop": "whole", **data}
+    return data_setup(folder / "train.csv", kind="ava", classes=18, size=64, **data)
+
+
+def dataset_of(folder: Path, **data) -> ava.AvaDataset:
+    setup = setup_of(folder, **data)
+    return ava.build(setup.data, setup.request, False)
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +148,11 @@ def lamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [{"crop": "whole"}, {"crop": "center"}, {"crop": "random_resized", "flip": 0.5}])
+@pytest.mark.parametrize("options", [{"crop": "whole"}, {"crop": "center"}, {"crop": CUT, "flip": 0.5}])
 def test_boxes_follow_their_pixels(lamps: Path, options: dict) -> None:
-    config = run_of(lamps, box_jitter=(0.0, 0.0), mean=(0, 0, 0), std=(1, 1, 1), area=(0.5, 1.0), **options)
+    config = setup_of(lamps, box_jitter=(0.0, 0.0), mean=(0, 0, 0), std=(1, 1, 1), **options)
     seen = 0
-    with closing(build_loader(config, 0, 1, CPU, 2, 1)) as loader:
+    with closing(loader_of(config, micro=2)) as loader:
         for batch in itertools.islice(loader.batches(0), 8):
             assert batch["boxes"].dtype == batch["labels"].dtype == torch.float32
             for box, clip, label in zip(batch["boxes"], batch["box_clip"], batch["labels"], strict=True):
@@ -170,11 +166,11 @@ def test_boxes_follow_their_pixels(lamps: Path, options: dict) -> None:
 
 
 def test_jitter_is_a_function_of_the_sample_and_has_the_recipes_bounds(lamps: Path) -> None:
-    kind = ava.build(run_of(lamps, box_jitter=(0.2, 0.1)), False)
+    dataset = dataset_of(lamps, box_jitter=(0.2, 0.1))
     own = np.array([0.2, 10 / 60, 0.4, 50 / 60])
     sides = np.array([0.2, 40 / 60, 0.2, 40 / 60]) * (-1, -1, 1, 1)
-    moved = np.stack([kind.annotate(100, 60, SampleKey(0, epoch, 0))["boxes"][0] for epoch in range(300)])
-    assert np.array_equal(moved[7], kind.annotate(100, 60, SampleKey(0, 7, 0))["boxes"][0])
+    moved = np.stack([dataset.boxes(SampleKey(0, epoch, 0), 100, 60)["boxes"][0] for epoch in range(300)])
+    assert np.array_equal(moved[7], dataset.boxes(SampleKey(0, 7, 0), 100, 60)["boxes"][0])
     outward = (moved - own) / sides / (0.2, 0.1, 0.2, 0.1)
     assert (outward.min(0) > -0.501).all() and (outward.min(0) < -0.45).all()
     assert (outward.max(0) < 1.001).all() and (outward.max(0) > 0.95).all()
@@ -188,28 +184,28 @@ def test_scenes_are_people_with_all_their_actions(tmp_path: Path) -> None:
     (tmp_path / "v").mkdir()
     for name in ("v/0902.webm", "w.mkv"):
         (tmp_path / name).write_bytes(b"")
-    kind = ava.build(run_of(tmp_path, excluded=str(tmp_path / "out.csv")), False)
-    assert [scene.frame for scene in kind.scenes] == [KeyFrame("v", 902), KeyFrame("w", 902)]
-    assert kind.paths() == [str(tmp_path / "v" / "0902.webm"), str(tmp_path / "w.mkv")]
-    assert [row.nonzero()[0].tolist() for row in kind.scenes[0].labels] == [[2, 11], [3]]
-    joined = kind.collate([kind.annotate(10, 10, SampleKey(0, 0, number)) for number in (1, 0)])
+    dataset = dataset_of(tmp_path, excluded=str(tmp_path / "out.csv"))
+    assert [scene.frame for scene in dataset.scenes] == [KeyFrame("v", 902), KeyFrame("w", 902)]
+    assert dataset.paths() == [str(tmp_path / "v" / "0902.webm"), str(tmp_path / "w.mkv")]
+    assert [row.nonzero()[0].tolist() for row in dataset.scenes[0].labels] == [[2, 11], [3]]
+    joined = dataset.collate([dataset.boxes(SampleKey(0, 0, number), 10, 10) for number in (1, 0)])
     assert joined["box_clip"].tolist() == [0, 1, 1] and joined["labels"].shape == (3, 18)
     with pytest.raises(AvaError, match=r"has action 19, but model\.num_classes is 18"):
         (tmp_path / "train.csv").write_text(f"v,0902,{box},19,0")
-        ava.build(run_of(tmp_path), False)
+        dataset_of(tmp_path)
     with pytest.raises(AvaError, match=r"does not exist; set data\.root"):
         (tmp_path / "train.csv").write_text(f"v,0902,{box},1,0")
-        ava.build(run_of(tmp_path, root=str(tmp_path / "nowhere")), False)
+        dataset_of(tmp_path, root=str(tmp_path / "nowhere"))
 
 
 def test_the_key_frame_of_a_whole_video_and_of_a_clip(tmp_path: Path) -> None:
     write_video(tmp_path / "film_vp9.webm", 60)  # 24 frames a second, from second 900
     (tmp_path / "train.csv").write_text("film_vp9,0901,0,0,1,1,1,0\nfilm_vp9,0903,0,0,1,1,1,0\n")
-    kind = ava.build(run_of(tmp_path, first_second=900), False)
-    facts = media.probe_video(kind.scenes[0].path)
-    assert kind.frames(facts, SampleKey(0, 0, 0)).tolist() == list(range(20, 28))
+    dataset = dataset_of(tmp_path, first_second=900)
+    facts = media.probe_video(dataset.scenes[0].path)
+    assert dataset.frames(facts, SampleKey(0, 0, 0)).tolist() == list(range(20, 28))
     with pytest.raises(media.BadFile, match=r"no key frame at second 903: it lasts 2\.5 s from second 900"):
-        kind.frames(facts, SampleKey(0, 0, 1))
+        dataset.frames(facts, SampleKey(0, 0, 1))
 
 
 # ---- configs ----
@@ -222,15 +218,6 @@ def test_recipes() -> None:
         assert (optim.base_lr, config.batch.size, optim.layer_decay, optim.epochs) == (2.5e-4, 128, 0.75, 30)
         assert (model.embed_dim, model.drop_path, model.num_classes, optim.betas) == (width, 0.2, 80, (0.9, 0.999))
         assert (model.num_frames, config.data.sampling_rate, config.data.flip) == (16, 4, 0.5)
-
-
-def test_faults_are_named(tmp_path: Path) -> None:
-    config = run_of(tmp_path)
-    assert not faults(config)
-    model = config.model.model_copy(update={"num_classes": None, "decoder_dim": 8})
-    sentences = faults(config.model_copy(update={"model": model}))
-    assert any(s.startswith("model.num_classes is missing") for s in sentences)
-    assert any(s.startswith("model.decoder_dim: model 'detector' has no use for it") for s in sentences)
 
 
 # ---- the two-digit set, from training to detections ----
@@ -263,14 +250,9 @@ def trained(digit_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_batches_are_the_same_after_resuming(digit_set: Path) -> None:
-    config = run_of(digit_set, root=str(digit_set / "videos"), flip=0.5, crop="random_resized")
-
-    def take(start: int, count: int) -> list:
-        with closing(build_loader(config, 0, 1, CPU, 2, 1)) as loader:
-            return list(itertools.islice(loader.batches(start), count))
-
-    whole = take(0, 4)
-    assert_same(take(2, 2), whole[2:])
+    config = setup_of(digit_set, root=str(digit_set / "videos"), flip=0.5, crop="random_resized")
+    whole = take(config, 4, micro=2)
+    assert_same(take(config, 2, 2, micro=2), whole[2:])
     assert {"video", "boxes", "labels", "box_clip", "index"} <= whole[0].keys()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from video_files import assert_same, loader_of, run_config, take, write_broken, write_list, write_video
+from video_files import assert_same, data_setup, loader_of, take, write_broken, write_list, write_video
 
 from mvd_fast.data.loader import TooManyBadFiles
 from mvd_fast.data.quarantine import write_quarantine
@@ -35,7 +35,7 @@ def broken_list(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 
 def test_a_list_with_broken_files_trains_through_and_names_each(broken_list, caplog):
     listed, words = broken_list
-    config = run_config(listed, batch=8, max_bad_share=0.25)
+    config = data_setup(listed, max_bad_share=0.25)
     with closing(loader_of(config, micro=8)) as loader, caplog.at_level(logging.WARNING):
         batches = list(itertools.islice(loader.batches(0), 10))  # two epochs
         shown = {Path(name).name for batch in batches for name in loader.names(batch["index"])}
@@ -52,7 +52,7 @@ def test_a_list_with_broken_files_trains_through_and_names_each(broken_list, cap
 
 def test_replacements_do_not_depend_on_when_damage_is_found(broken_list):
     listed, _ = broken_list
-    config = run_config(listed, batch=8, max_bad_share=0.25)
+    config = data_setup(listed, max_bad_share=0.25)
     whole = take(config, 7, micro=8)
     assert_same(take(config, 2, 5, micro=8), whole[5:])  # a fresh loader meets the damage only now
     dealt = [take(config, 3, 1, rank=rank, world=2, micro=4) for rank in (0, 1)]
@@ -63,7 +63,7 @@ def test_replacements_do_not_depend_on_when_damage_is_found(broken_list):
 
 def test_too_many_bad_files_stop_the_run(broken_list):
     listed, _ = broken_list
-    config = run_config(listed, batch=8, max_bad_share=0.1)
+    config = data_setup(listed, max_bad_share=0.1)
     with closing(loader_of(config, micro=8)) as loader, pytest.raises(TooManyBadFiles) as caught:
         list(itertools.islice(loader.batches(0), 5))
     assert re.match(r"[5-8] of 40 files", str(caught.value))
@@ -77,12 +77,12 @@ def test_quarantined_files_are_replaced_alike_and_do_not_count_as_bad(broken_lis
     copied.write_text(listed.read_text())
     known = [name for name in words if not name.startswith("holes")]
     write_quarantine(str(copied), {str(listed.parent / name): "broken" for name in known})
-    config = run_config(copied, batch=8, root=str(listed.parent), max_bad_share=0.05)
+    config = data_setup(copied, root=str(listed.parent), max_bad_share=0.05)
     with closing(loader_of(config, micro=8)) as loader:
         found = list(itertools.islice(loader.batches(0), 5))
         assert {Path(path).name for path in loader.bad_files} == {"holes.mkv", "holes.mp4"}
         assert loader.replaced == len(words)
-    assert_same(found, take(run_config(listed, batch=8, max_bad_share=0.25), 5, micro=8))
+    assert_same(found, take(data_setup(listed, max_bad_share=0.25), 5, micro=8))
 
 
 def test_a_list_without_any_usable_file_says_so(tmp_path):
@@ -90,7 +90,7 @@ def test_a_list_without_any_usable_file_says_so(tmp_path):
         (tmp_path / f"{number}.mp4").write_bytes(b"no video")
     listed = write_list(tmp_path / "list.txt", [f"{number}.mp4" for number in range(6)])
     with (
-        closing(loader_of(run_config(listed))) as loader,
+        closing(loader_of(data_setup(listed))) as loader,
         pytest.raises(NoUsableFile, match=r"all unusable.*data check"),
     ):
         next(loader.batches(0))
@@ -110,7 +110,7 @@ def test_image_kind_replaces_broken_images(tmp_path):
     for name, (content, _) in broken.items():
         (tmp_path / name).write_bytes(content)
     listed = write_list(tmp_path / "list.txt", [*broken, *["good.jpg", "good.png"] * 2])
-    config = run_config(listed, batch=4, kind="image", max_bad_share=0.5)
+    config = data_setup(listed, kind="image", max_bad_share=0.5)
     with closing(loader_of(config)) as loader:
         list(itertools.islice(loader.batches(0), 4))
         found = {Path(path).name: reason for path, reason in loader.bad_files.items()}

@@ -11,7 +11,7 @@ import tiny_runs
 from less_work import RECIPES
 
 pytest.importorskip("pytest_benchmark")
-FP32 = ("--set", "teachers.image.precision=fp32", "teachers.video.precision=fp32")
+FP32 = ("--set", "targets.image.precision=fp32", "targets.video.precision=fp32")
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -66,7 +66,7 @@ def test_loading_is_timed_beside_the_step_and_alone(found: dict) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--recipes", "exact,int9"), "--recipes: 'int9' is unknown; there are: all, exact, compiled, ahead"),
+        (("--recipes", "exact,int9"), "--recipes: 'int9' is unknown; there are: all, exact, compiled, prefetch"),
         (("--config", "vitx"), "vitx"),
         (("--batch", "0"), "--batch 0: a step has at least one clip"),
     ],

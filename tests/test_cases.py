@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 from numbered_videos import CASES, PATCHES, number_of, patches_of
-from video_files import CPU, assert_same, loader_of, run_config, take, write_list
+from video_files import assert_same, data_setup, loader_of, take, write_list
 
 from mvd_fast.cli import main
-from mvd_fast.config import RunConfig
-from mvd_fast.data import build_loader, media, sampling
+from mvd_fast.data import media, sampling
 from mvd_fast.data.sampling import SampleKey
 
 
@@ -29,7 +28,7 @@ def as_pixels(video: torch.Tensor) -> np.ndarray:
 def one_clip(name: str, folder: Path, by_dali: bool, epoch: int = 0) -> np.ndarray:
     """The clip of 8 frames that training shows of a file in an epoch: [8, 32, 32, 3], the whole picture."""
     listed = write_list(folder / "list.txt", [CASES / name])
-    config = run_config(listed, batch=1, crop="whole", mean=(0, 0, 0), std=(1, 1, 1))
+    config = data_setup(listed, crop="whole", mean=(0, 0, 0), std=(1, 1, 1))
     with closing(loader_of(config, micro=1)) as loader:
         if not by_dali:
             loader.suspects.update(dict.fromkeys(loader.paths, "on trial"))
@@ -67,7 +66,7 @@ def test_a_video_with_hidden_frames_is_usable_to_its_end(epoch, tmp_path):
     for by_dali in (True, True, False):
         found = one_clip("vp8_hidden_frames.webm", tmp_path, by_dali, epoch).mean((1, 2))
         assert np.abs(found - expected).max() < 2
-    config = run_config(tmp_path / "list.txt", batch=1)
+    config = data_setup(tmp_path / "list.txt")
     assert_same(take(config, 4, micro=1), take(config, 4, micro=1))
 
 
@@ -76,25 +75,17 @@ def test_seconds_of_ava_are_seconds_where_the_frame_rate_varies(tmp_path):
     (tmp_path / "film.mp4").write_bytes((CASES / "vfr_10_then_30.mp4").read_bytes())
     rows = "".join(f"film,{second:04d},0.1,0.1,0.9,0.9,1,0\n" for second in (2, 6, 8))
     (tmp_path / "train.csv").write_text(rows)
-    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_frames": 8, "tubelet_size": 2, "patch_size": 8}
-    config = RunConfig.model_validate(
-        {
-            "name": "test",
-            "model": {"kind": "detector", **sizes, "image_size": 64, "num_classes": 18},
-            "objective": {"kind": "actions"},
-            "data": {
-                "kind": "ava",
-                "train": str(tmp_path / "train.csv"),
-                "sampling_rate": 1,
-                "crop": "whole",
-                "mean": (0, 0, 0),
-                "std": (1, 1, 1),
-            },
-            "batch": {"size": 3},
-            "optim": {"epochs": 1, "warmup_epochs": 0},
-        }
+    config = data_setup(
+        tmp_path / "train.csv",
+        kind="ava",
+        classes=18,
+        size=64,
+        sampling_rate=1,
+        crop="whole",
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
     )
-    with closing(build_loader(config, 0, 1, CPU, 3, 1)) as loader:
+    with closing(loader_of(config, micro=3)) as loader:
         batch = next(loader.batches(0))
         assert loader.replaced == 0, loader.bad_files
     shown = {

@@ -19,7 +19,7 @@ from video_files import write_video
 from mvd_fast import cli
 from mvd_fast.interop.convert import convert
 from mvd_fast.interop.storage import classes_metadata, read_classes, read_metadata, read_source
-from mvd_fast.models import VideoClassifier
+from mvd_fast.models import ClipConfig, VideoClassifier
 
 NAMES = ("ant", "bee", "cat", "dog")
 
@@ -31,11 +31,9 @@ def metadata(file: Path) -> tuple[str, ...]:
 def classifier_run(folder: Path, names: tuple[str, ...] = NAMES) -> Path:
     """A run of a classifier of four classes that takes every video for the class with the number 2."""
     torch.manual_seed(0)
-    model = VideoClassifier(**tiny_runs.ENCODER, **tiny_runs.CLIP, num_classes=len(NAMES)).eval()
+    model = VideoClassifier(ClipConfig(**tiny_runs.ENCODER, **tiny_runs.CLIP), len(NAMES)).eval()
     model.head.bias.data[2] = 50.0
-    save_run(folder, model, "classifier")
-    save_file(model.state_dict(), folder / "model.safetensors", classes_metadata(names))
-    return folder
+    return save_run(folder, model, "classify", classes_metadata(names))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +134,7 @@ def test_a_probe_matches_its_test_folder_by_name(videos: Path, tmp_path: Path, c
         (tmp_path / "train" / name).mkdir(parents=True)
         for copy in range(2):
             write_video(tmp_path / "train" / name / f"{copy}_vp9.webm", 10, seed=max(0, seed - 1))
-    save_run(tmp_path / "run", student(), "student")
+    save_run(tmp_path / "run", student(), "distill")
     options = ["--train", str(tmp_path / "train"), "--test", str(videos), "--kind", "linear", "--device", "cpu"]
     assert cli.main(["probe", str(tmp_path / "run"), *options, "--out", str(tmp_path / "probe.json")]) == 0
     report = json.loads((tmp_path / "probe.json").read_text())
@@ -147,7 +145,7 @@ def test_a_probe_matches_its_test_folder_by_name(videos: Path, tmp_path: Path, c
 
 
 def test_features_say_the_names_of_their_labels(videos: Path, tmp_path: Path) -> None:
-    save_run(tmp_path / "run", student(), "student")
+    save_run(tmp_path / "run", student(), "distill")
     for name in ("bee", "cat"):
         (tmp_path / "more" / name).mkdir(parents=True)
         write_video(tmp_path / "more" / name / "x_vp9.webm", 10)
@@ -210,9 +208,14 @@ def test_a_run_keeps_the_names_of_its_classes(videos: Path, tmp_path: Path) -> N
         "name": "named",
         "run_dir": str(run_dir),
         "precision": "fp32",
-        "model": {"kind": "classifier", **tiny_runs.ENCODER, **tiny_runs.CLIP, "num_classes": 4},
-        "objective": {"kind": "classification"},
-        "data": {"kind": "labelled", "train": str(data / "train.txt"), "sampling_rate": 1, "threads": 1},
+        "task": "classify",
+        "model": {**tiny_runs.ENCODER, **tiny_runs.CLIP, "num_classes": 4},
+        "data": {
+            "kind": "labelled",
+            "train": str(data / "train.txt"),
+            "clip": {"kind": "random", "sampling_rate": 1},
+            "threads": 1,
+        },
         "evaluation": {"list": str(videos), "clips": 1, "crops": 1, "batch": 4},
         "batch": {"size": 4},
         "optim": {"base_lr": 0.01, "epochs": 1, "warmup_epochs": 0},

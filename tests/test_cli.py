@@ -11,18 +11,10 @@ import types
 
 import pytest
 
-from mvd_fast import cli, config_checks
+from mvd_fast import cli
 from mvd_fast.arguments import add_train_arguments
-from mvd_fast.config_checks import ConfigError
-from mvd_fast.config_file import config_from_arguments, load_config
-
-REGISTRIES = ("models", "objectives", "teachers", "data/kinds")
-ALL_KINDS = sorted(path.stem for folder in REGISTRIES for path in (config_checks.PACKAGE / folder).glob("*.py"))
-
-
-@pytest.fixture(autouse=True)
-def fixed_kinds(monkeypatch):
-    monkeypatch.setattr(config_checks, "available_kinds", lambda registry: ALL_KINDS)
+from mvd_fast.config.base import ConfigError
+from mvd_fast.config.load import config_from_arguments, load_config
 
 
 @pytest.fixture
@@ -216,8 +208,6 @@ def test_bad_option_exits_2(capsys):
         ("probe RUN --train LIST --test LIST", "--lr", "nan", "number above 0"),
         ("probe RUN --train LIST --test LIST", "--weight-decay", "-0.1", "number from 0"),
         ("ava-evaluate RUN --annotations CSV --label-map MAP", "--threshold", "nan", "number from 0"),
-        ("bench step", "--batch", "0", "whole number from 1"),
-        ("bench step", "--rounds", "none", "whole number from 1"),
         ("plan --config vitl --gpus 8", "--decode-fps", "nan", "number above 0"),
     ],
 )
@@ -240,8 +230,28 @@ def test_config_show_prints_what_loads_equal(tmp_path, capsys):
 def test_config_list_has_one_line_for_each_recipe(capsys):
     assert cli.main(["config", "list"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert lines["vits_from_vitl"].startswith("student 384/12/6 <- image 1024/24, video 1024/24; 224 px x 16 frames")
+    assert lines["vits_from_vitl"].startswith("distill 384/12/6 <- image 1024/24, video 1024/24; 224 px x 16 frames")
     assert lines["mae_vith"].endswith("224 px; batch 4096, 800 epochs") and "demo/student" in lines
+
+
+@pytest.mark.parametrize(
+    "key, said",
+    [
+        ("optim.epochs", "optim.epochs: times that the data is gone through; it must be given\n"),
+        ("targets.image.weight", "targets[].weight: of its loss; 0: it is not computed; default 1.0\n"),
+        ("data.clip", "data.clip (kind labelled): `random`, `center`, `segments`: which frames of a video"),
+        ("data.clip.kind", "data.clip (kind labelled): `random`, `center`, `segments`: which frames of a video"),
+        ("teachers.cache", "teachers.cache: a section, with the keys teachers.cache.path, teachers.cache.views\n"),
+    ],
+)
+def test_config_explain(key, said, capsys):
+    assert cli.main(["config", "explain", key]) == 0
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_config_explain_of_what_there_is_not(capsys):
+    assert cli.main(["config", "explain", "optim.epoch"]) == 2
+    assert "no setting 'optim.epoch', did you mean 'optim.epochs'?" in capsys.readouterr().err
 
 
 def test_a_reader_who_leaves_is_no_error():

@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 import torch
 from numbered_videos import PATCHES, encode, patches_of, picture
-from video_files import CPU, loader_of, run_config, write_list
+from video_files import CPU, data_setup, loader_of, write_list
 
 from mvd_fast.data import media
-from mvd_fast.data.crops import Crop
 from mvd_fast.data.lists import Entry
 from mvd_fast.data.pipeline import PipelineSpec
-from mvd_fast.downstream.frozen import MultiView, ViewKind, batches_of, samples_of
+from mvd_fast.downstream.backbone import Preprocessing
+from mvd_fast.downstream.frozen import MultiView, UniformViews, batches_of, samples_of
 
 MOST = 4  # levels of 255
 SIDE = 64
@@ -143,7 +143,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
 def training(files: dict[str, Path], folder: Path, by_dali: bool) -> dict[str, np.ndarray]:
     """A frame of every file as training shows it, uint8 [32, 32, 3]."""
     listed = write_list(folder / "list.txt", files.values())
-    config = run_config(listed, batch=len(files), crop="center", mean=(0, 0, 0), std=(1, 1, 1), sampling_rate=1)
+    config = data_setup(listed, crop="center", mean=(0, 0, 0), std=(1, 1, 1), sampling_rate=1)
     with closing(loader_of(config, micro=len(files))) as loader:
         if not by_dali:
             loader.suspects.update(dict.fromkeys(loader.paths, "on trial"))
@@ -153,12 +153,13 @@ def training(files: dict[str, Path], folder: Path, by_dali: bool) -> dict[str, n
     return {names[i]: shown(video) for i, video in zip(batch["index"].tolist(), batch["video"], strict=True)}
 
 
-def evaluation(files: dict[str, Path], kind: ViewKind | MultiView) -> dict[str, np.ndarray]:
+def evaluation(files: dict[str, Path], kind: type, **fields: Any) -> dict[str, np.ndarray]:
     """Likewise as the views of a test show it."""
-    spec, bad, names = PipelineSpec(kind, 16, (1, 1, 2), 0.5, 2, CPU), {}, list(files)
+    views = Preprocessing(8, 1, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)).dataset(kind, **fields)
+    spec, bad, names = PipelineSpec(views, 16, 2, CPU), {}, list(files)
     found: dict[str, np.ndarray] = {}
     with ThreadPoolExecutor(2) as pool:
-        samples = samples_of(pool, kind, [Entry(str(path), 0) for path in files.values()], 2, bad, lambda: None)
+        samples = samples_of(pool, views, [Entry(str(path), 0) for path in files.values()], 2, bad, lambda: None)
         for videos, numbers in batches_of(spec, samples):
             found |= {names[number]: shown(video) for number, video in zip(numbers, videos, strict=True)}
     assert not bad
@@ -167,11 +168,6 @@ def evaluation(files: dict[str, Path], kind: ViewKind | MultiView) -> dict[str, 
 
 def shown(video: torch.Tensor) -> np.ndarray:
     return (video[:, 0].permute(1, 2, 0).numpy() * 255).round()
-
-
-def view_kind(kind: type, **more: Any) -> ViewKind | MultiView:
-    crop = Crop("center", 32, (), (1.0, 1.0), 0.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return kind(8, 1, True, crop, frozenset(), **more)
 
 
 def wrong(found: dict[str, np.ndarray], truth: np.ndarray = PATCHES) -> dict[str, float]:
@@ -186,9 +182,9 @@ def test_patches_are_within_four_levels_of_the_truth(decoder, files, tmp_path):
         probed = {name: (str(path), media.probe_video(str(path))) for name, path in files.items()}
         found = {name: media.decode_frames(path, np.array([3]), info)[0] for name, (path, info) in probed.items()}
     elif decoder == "a view":
-        found = evaluation(files, view_kind(ViewKind))
+        found = evaluation(files, UniformViews)
     elif decoder == "test views":
-        found = evaluation(files, view_kind(MultiView, clips=1, crops=1))
+        found = evaluation(files, MultiView, clips=1, crops=1)
     else:
         found = training(files, tmp_path, by_dali=decoder == "DALI in training")
     assert found.keys() == ROWS.keys()

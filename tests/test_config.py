@@ -9,29 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from mvd_fast import config_checks, config_file
-from mvd_fast.config_file import (
-    ConfigError,
-    check_batch,
-    list_recipes,
-    load_config,
-    missing_files,
-    save_config,
-)
+from mvd_fast.config import checks, kinds, load
+from mvd_fast.config.base import ConfigError
+from mvd_fast.config.checks import check_batch, missing_files
+from mvd_fast.config.load import list_recipes, load_config, save_config
+from mvd_fast.data.clips import Random, Segments
+from mvd_fast.data.crops import MultiScale, RandomResized
 
-KINDS = {
-    "models": ["classifier", "detector", "mae", "student", "videomae"],
-    "teachers": ["mae", "videomae"],
-    "objectives": ["actions", "classification", "distillation", "pixel"],
-    "data/kinds": ["ava", "frame", "image", "labelled", "video"],
-}
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16)}
-
-
-@pytest.fixture(autouse=True)
-def fixed_kinds(monkeypatch):
-    monkeypatch.setattr(config_checks, "available_kinds", KINDS.__getitem__)
 
 
 @pytest.fixture
@@ -82,8 +68,8 @@ def encoder(part) -> tuple[int, int, int]:
     return part.embed_dim, part.depth, part.num_heads
 
 
-def decoder(model) -> tuple[int, int, int]:
-    return model.decoder_depth, model.decoder_dim, model.decoder_heads
+def decoder(part) -> tuple[int, int, int]:
+    return part.depth, part.dim, part.num_heads
 
 
 @pytest.mark.parametrize("name", MVD_TABLE)
@@ -91,16 +77,18 @@ def test_mvd_recipe_equals_table(name):
     student, teacher, decoder_shape, batch, peak, low, drop_path, epochs = MVD_TABLE[name]
     config = load_config(name)
     assert config.name == name and config.output_dir == f"runs/{name}"
-    assert encoder(config.model) == SIZES[student] and decoder(config.model) == decoder_shape
-    assert encoder(config.teachers.image) == encoder(config.teachers.video) == SIZES[teacher]
+    assert encoder(config.model) == SIZES[student]
+    assert {decoder(one) for one in config.decoders} == {decoder_shape}
+    image, video = config.targets
+    assert [(one.title, one.kind) for one in config.targets] == [("image", "mae"), ("video", "videomae")]
+    assert encoder(image) == encoder(video) == SIZES[teacher]
     assert config.batch.size == batch and config.optim.epochs == epochs and config.model.drop_path == drop_path
     assert scaled(config, config.optim.base_lr) == pytest.approx(peak, rel=1e-12)
     assert scaled(config, config.optim.base_min_lr) == pytest.approx(low, rel=1e-12)
     assert config.model.activation_checkpointing == (name == "vith")
-    image = config.teachers.image
     assert (image.patch_size, image.image_size) == ((14, 196) if teacher == "h" else (16, 224))
-    assert config.objective.kind == "distillation" and not config.objective.normalize_targets
-    assert (config.objective.image_weight, config.objective.video_weight) == (1.0, 1.0)
+    assert config.task == "distill" and not any(one.normalize for one in config.targets)
+    assert (image.weight, video.weight, config.mask.predict_fraction, config.mask.per_clip) == (1.0, 1.0, 1.0, 1)
 
 
 @pytest.mark.parametrize("name", STAGE_1_TABLE)
@@ -108,14 +96,14 @@ def test_stage_1_recipe_equals_table(name):
     size, decoder_shape, patch, batch, peak, low, ratio = STAGE_1_TABLE[name]
     config = load_config(name)
     model, data = config.model, config.data
-    assert config.name == name and model.kind == name.split("_")[0]
-    assert encoder(model) == SIZES[size] and decoder(model) == decoder_shape and model.patch_size == patch
-    assert config.batch.size == batch and data.mask_ratio == ratio and config.optim.epochs == 800
+    assert config.name == name and config.task == name.split("_")[0]
+    assert encoder(model) == SIZES[size] and decoder(config.decoder) == decoder_shape and model.patch_size == patch
+    assert config.batch.size == batch and config.mask.ratio == ratio and config.optim.epochs == 800
     assert scaled(config, config.optim.base_lr) == pytest.approx(peak, rel=1e-12)
     assert scaled(config, config.optim.base_min_lr) == pytest.approx(low, rel=1e-12)
-    assert config.objective.kind == "pixel" and config.objective.normalize_pixels and model.drop_path == 0.0
-    if model.kind == "mae":
-        assert (data.kind, data.crop, data.area, data.flip) == ("image", "random_resized", (0.2, 1.0), 0.5)
+    assert config.normalize_pixels and model.drop_path == 0.0
+    if config.task == "mae":
+        assert (data.kind, data.crop, data.flip) == ("image", RandomResized(area=(0.2, 1.0)), 0.5)
         assert model.grid == (1, 224 // patch, 224 // patch)
 
 
@@ -127,10 +115,10 @@ def test_recipes_share_optimiser_and_clip(name):
     assert optim.warmup_epochs == 40 and optim.warmup_lr == 0.0
     stage = 0 if config.model.embed_dim <= 768 else 1
     assert config.precision == "bf16" and config.deepspeed == {"zero_optimization": {"stage": stage}}
-    if config.model.kind != "mae":
-        assert config.model.grid == (8, 14, 14) and data.sampling_rate == 4
-        assert (data.kind, data.crop, data.scales, data.flip) == ("video", "multiscale", (1, 0.875, 0.75, 0.66), 0.0)
-        assert data.mask_ratio == 0.9
+    if config.task != "mae":
+        assert config.model.grid == (8, 14, 14) and data.clip == Random(sampling_rate=4)
+        assert (data.kind, data.crop, data.flip) == ("video", MultiScale(scales=(1, 0.875, 0.75, 0.66)), 0.0)
+        assert config.mask.ratio == 0.9
 
 
 # name: size, classes, peak lr per 256, epochs, batch, layer decay, drop path, head dropout, min lr per 256
@@ -156,7 +144,7 @@ def test_finetuning_recipe_equals_table(name):
     assert (model.num_classes, *own, optim.base_min_lr) == FINETUNE_TABLE[name][1:]
     assert config.name == name and encoder(model) == SIZES[FINETUNE_TABLE[name][0]] and model.grid == (8, 14, 14)
     assert (optim.betas, optim.weight_decay, optim.warmup_epochs, optim.ema) == ((0.9, 0.999), 0.05, 5, 0.0)
-    assert (data.kind, data.crop, data.area, data.sampling_rate) == ("labelled", "random_resized", (0.08, 1.0), 4)
+    assert (data.kind, data.crop) == ("labelled", RandomResized(area=(0.08, 1.0)))
     assert (augment.rand_augment.layers, augment.rand_augment.magnitude, augment.rand_augment.deviation) == (4, 7, 0.5)
     assert (augment.repeats, augment.random_erasing, augment.label_smoothing) == (2, 0.25, 0.1)
     mixing = augment.mixup, augment.cutmix, augment.mix_probability, augment.cutmix_probability
@@ -164,27 +152,44 @@ def test_finetuning_recipe_equals_table(name):
     test = config.evaluation.sampling, config.evaluation.clips, config.evaluation.crops
     ssv2 = name.startswith("ssv2")
     assert test == (("uniform", 2, 3) if ssv2 else ("dense", 5, 3))
-    assert (data.clip, data.flip) == (("segments", 0.0) if ssv2 else ("random", 0.5))
+    assert (data.clip, data.flip) == ((Segments(), 0.0) if ssv2 else (Random(sampling_rate=4), 0.5))
 
 
 @pytest.mark.parametrize(
     "recipe, overrides, said",
     [
-        ("finetune/k400_vitb", ["model.num_classes=null"], "model.num_classes is missing; model 'classifier' needs it"),
+        ("finetune/k400_vitb", ["model.num_classes=null"], "model.num_classes: got null; it must be a whole number"),
         ("finetune/k400_vitb", ["model.num_classes=1"], "model.num_classes: got 1; a classifier needs at least 2"),
-        ("finetune/k400_vitb", ["model.decoder_dim=64"], "model.decoder_dim: model 'classifier' has no use for it"),
-        ("finetune/k400_vitb", ["data.kind=video"], "model 'classifier' takes 'labelled', not 'video'"),
-        ("finetune/k400_vitb", ["objective.kind=pixel"], "model 'classifier' is trained with 'classification'"),
+        (
+            "finetune/k400_vitb",
+            ["decoder.dim=64"],
+            "decoder: unknown key of task 'classify'; it is one of task 'distill' and 'mae'",
+        ),
+        ("finetune/k400_vitb", ["mask.ratio=0.5"], "mask: unknown key"),
+        ("finetune/k400_vitb", ["data.kind=video"], "task 'classify' needs labels and video: take 'labelled'"),
+        (
+            "finetune/k400_vitb",
+            ['data={"kind": "image", "train": "x"}'],
+            "'image' gives image, and task 'classify' needs",
+        ),
         ("finetune/k400_vitb", ["batch.micro=1"], "augment.mixup: a single clip has no other to be mixed with"),
-        ("finetune/k400_vitb", ["data.masks_per_clip=2"], "no teachers to share between masks"),
+        ("finetune/k400_vitb", ["mask.per_clip=2"], "mask: unknown key"),
         ("finetune/k400_vitb", ["optim.ema=1"], "optim.ema: got 1; it must be less than 1"),
         ("finetune/k400_vitb", ["augment.mixup=-1"], "augment.mixup: got -1; it must be greater than or equal to 0"),
-        ("vitl", ["augment.mixup=0.8"], "augment: it is for fine-tuning a classifier, and model 'student'"),
-        ("vitl", ["optim.layer_decay=0.7"], "optim.layer_decay: it is for fine-tuning"),
-        ("vitl", ["optim.ema=0.99"], "optim.ema: it is for fine-tuning a classifier"),
-        ("vitl", ["data.clip=segments"], "data.clip: it is for fine-tuning a classifier"),
-        ("vitl", ["model.init=a.pth"], "model.init: model 'student' has no use for it"),
-        ("vitl", ["model.decoder_dim=null"], "model.decoder_dim is missing; model 'student' needs it"),
+        ("finetune/ssv2_vitb", ["data.clip.sampling_rate=2"], "data.clip.sampling_rate: unknown key"),
+        ("finetune/ssv2_vitb", ["evaluation.sampling=dense"], "dense takes every n-th frame, and data.clip segments"),
+        ("vitl", ["augment.mixup=0.8"], "augment: unknown key"),
+        ("vitl", ["optim.layer_decay=0.7"], "optim.layer_decay: unknown key"),
+        ("vitl", ["evaluation.list=a.txt"], "evaluation: unknown key"),
+        ("vitl", ["data.clip=segments"], "data.clip.kind: unknown kind 'segments'; there are: random, center"),
+        ("vitl", ["init=a.pth"], "init: unknown key"),
+        ("vitl", ["decoder=null"], "decoder is missing; the targets image, video have none of their own"),
+        ("mae_vitb", ["targets=[]"], "targets: unknown key"),
+        ("mae_vitb", ["teachers.prefetch=true"], "teachers: unknown key"),
+        ("mae_vitb", ["mask.predict_fraction=0.5"], "mask.predict_fraction: unknown key"),
+        ("mae_vitb", ["model.num_frames=4"], "model.num_frames: unknown key"),
+        ("finetune/ava_vitb", ["augment.mixup=0.8"], "augment: unknown key"),
+        ("finetune/ava_vitb", ["model.head_dropout=0.5"], "model.head_dropout: unknown key"),
     ],
 )
 def test_finetuning_and_pretraining_do_not_mix(recipe, overrides, said):
@@ -192,7 +197,7 @@ def test_finetuning_and_pretraining_do_not_mix(recipe, overrides, said):
 
 
 def test_missing_start_and_validation_list_are_named(tmp_path):
-    overrides = [f"data.train={tmp_path}", f"model.init={tmp_path}/start.pth", f"evaluation.list={tmp_path}/val.txt"]
+    overrides = [f"data.train={tmp_path}", f"init={tmp_path}/start.pth", f"evaluation.list={tmp_path}/val.txt"]
     sentences = " ".join(missing_files(load_config("finetune/k400_vitb", overrides)))
     assert "start.pth does not exist; name a pre-trained run" in sentences
     assert "val.txt does not exist; name a list of `path label` lines" in sentences
@@ -212,7 +217,7 @@ def test_recipe_is_found_by_name_and_inside_the_package(tmp_path, monkeypatch, w
     assert load_config("vitl.json") == load_config("vitl") == load_config(str(CONFIGS / "vitl.json"))
     installed = tmp_path / "site" / "configs"
     write("site/configs/mine.json", json.loads(load_config("vitl", ["name=mine"]).model_dump_json()))
-    monkeypatch.setattr(config_file, "RECIPE_FOLDERS", (installed, tmp_path / "nowhere"))
+    monkeypatch.setattr(load, "RECIPE_FOLDERS", (installed, tmp_path / "nowhere"))
     assert load_config("mine").name == "mine" and list(list_recipes()) == ["mine"]
 
 
@@ -222,12 +227,16 @@ def test_missing_file_names_nearest_recipe():
 
 
 def test_extends_merges_in_order(write):
-    write("parts/a.json", {"extends": "vitl", "optim": {"epochs": 50}, "data": {"scales": [1.0, 0.5]}})
+    write("parts/a.json", {"extends": "vitl", "optim": {"epochs": 50}, "data": {"crop": {"scales": [1.0, 0.5]}}})
     write("parts/b.json", {"optim": {"epochs": 60}, "deepspeed": {"zero_optimization": {"stage": 2}}})
-    run = write("run.json", {"extends": ["parts/a.json", "parts/b"], "name": "run", "data": {"scales": [0.7]}})
+    run = write(
+        "run.json", {"extends": ["parts/a.json", "parts/b"], "name": "run", "data": {"crop": {"scales": [0.7]}}}
+    )
     config = load_config(run)
     assert config.optim.epochs == 60 and config.optim.base_min_lr == 1e-4  # objects merge ...
-    assert config.data.scales == (0.7,) and config.deepspeed["zero_optimization"] == {"stage": 2}  # ... lists replace
+    assert config.data.crop.scales == (0.7,) and config.deepspeed["zero_optimization"] == {
+        "stage": 2
+    }  # ... lists replace
 
 
 def test_extends_refuses_cycles_and_nonsense(write):
@@ -263,10 +272,16 @@ def test_not_utf8_is_refused(tmp_path):
 
 
 def test_overrides_are_json_or_strings():
-    overrides = ["optim.epochs=7", "optim.warmup_epochs=1", "name=my run", "batch.micro=null", "data.scales=[1, 0.5]"]
+    overrides = [
+        "optim.epochs=7",
+        "optim.warmup_epochs=1",
+        "name=my run",
+        "batch.micro=null",
+        "data.crop.scales=[1, 0.5]",
+    ]
     config = load_config("vitl", [*overrides, 'run_dir="7"', 'deepspeed={"dump_state": true}', "data.root=a=b"])
     assert (config.optim.epochs, config.name, config.batch.micro) == (7, "my run", None)
-    assert (config.data.scales, config.run_dir, config.data.root) == ((1.0, 0.5), "7", "a=b")
+    assert (config.data.crop.scales, config.run_dir, config.data.root) == ((1.0, 0.5), "7", "a=b")
     assert config.deepspeed == {"dump_state": True}  # an object replaces what was there
 
 
@@ -278,22 +293,25 @@ def test_override_without_key_or_value(override):
 @pytest.mark.parametrize(
     "override, said",
     [
-        ("model.dept=3", "model.dept: unknown key, did you mean 'depth'? valid here: kind, image_size"),
+        ("model.dept=3", "model.dept: unknown key, did you mean 'depth'? valid here: image_size"),
         ("epochs=3", "epochs: unknown key, did you mean 'optim.epochs'?"),
-        ("model.zzz=3", "model.zzz: unknown key; valid here: kind"),
-        ("teachers.image.widht=3", "teachers.image.widht: unknown key"),
+        ("model.zzz=3", "model.zzz: unknown key; valid here: image_size"),
+        ("targets.image.widht=3", "targets[0].widht: unknown key"),
         ("model.depth=twelve", 'model.depth: got "twelve"; it must be a whole number'),
         ('model.depth="12"', 'model.depth: got "12"; it must be a whole number'),
         ("model.depth=12.5", "model.depth: got 12.5; it must be a whole number"),
         ("model.depth=0", "model.depth: got 0; it must be greater than 0"),
-        ("data.mask_ratio=1.5", "data.mask_ratio: got 1.5; it must be less than 1"),
+        ("mask.ratio=1.5", "mask.ratio: got 1.5; it must be less than 1"),
         ("log.tensorboard=1", "log.tensorboard: got 1; it must be true or false"),
         ("name=3", "name: got 3; it must be a string"),
         ("optim=3", "optim: got 3; it must be an object"),
         ("optim.betas=[0.9, true]", "optim.betas[1]: got true; it must be a number"),
         ("precision=bf17", "precision: got \"bf17\"; it must be 'fp32' or 'bf16', did you mean 'bf16'?"),
         ("model={}", "model.embed_dim is missing"),
-        ("data={}", "data.train is missing; it is the list file"),
+        ("data={}", "data.kind is missing; it is one of ava, frame, image, labelled, video"),
+        ('data={"kind": "video"}', "data.train is missing; it is the list file"),
+        ("data=3", "data: got 3; it must be an object"),
+        ("targets=3", "targets: got 3; it must be a list"),
         ("model.num_heads=7", "model: embed_dim 1024 is not a multiple of num_heads 7"),
         ("optim.warmup_epochs=401", "optim: warmup_epochs is 401, longer than the 400 epochs"),
     ],
@@ -308,7 +326,7 @@ def test_schema_faults_are_sentences_that_name_where_they_come_from(write, tmp_p
     else:
         assert sound.startswith(source) and said in sound
 
-    config_file._apply_override(tree, override)
+    load._apply_override(tree, override)
     faulty = refusal(write("faulty.json", tree), "seed=1")
     assert faulty.startswith(f"{tmp_path}/faulty.json") and said in faulty and "--set" not in faulty
     for message in (sound, faulty):
@@ -328,21 +346,23 @@ def test_several_faults_stand_one_a_line(write):
 @pytest.mark.parametrize(
     "recipe, overrides, said",
     [
-        ("vitl", ["model.kind=studnet"], "model.kind: unknown kind 'studnet', did you mean 'student'?"),
-        ("vitl", ["data.kind=zzz"], "data/kinds are: ava, frame, image, labelled, video"),
-        ("vitl", ["teachers.video.kind=vidomae"], "teachers.video.kind: unknown kind 'vidomae', did you mean 'video"),
-        ("vitl", ["teachers.video=null"], "objective 'distillation' needs the video teacher: add teachers.video"),
-        ("vitl", ["objective.kind=pixel", "teachers={}"], "model 'student' is trained with 'distillation'"),
-        ("vitl", ["teachers.image.kind=videomae"], "'videomae' is a teacher for the video role"),
+        ("vitl", ["task=distil"], "task: unknown kind 'distil', did you mean 'distill'?"),
+        ("vitl", ["task=3"], "task: got 3; it must be one of classify, detect, distill, mae, videomae"),
+        ("vitl", ["data.kind=zzz"], "data.kind: unknown kind 'zzz'; there are: ava, frame, image, labelled, video"),
+        ("vitl", ["data.crop=centre"], "data.crop.kind: unknown kind 'centre', did you mean 'center'?"),
+        ("vitl", ["targets.video.kind=vidomae"], "kind: unknown kind 'vidomae', did you mean 'videomae'?"),
+        ("vitl", ["targets=[]"], "targets: got []; it must"),
+        ("vitl", ["targets.video.name=image"], "targets: two are named 'image'; give one another name"),
+        ("vitl", ["targets.image.weight=0", "targets.video.weight=0"], "all weights are 0, and nothing is left to"),
+        ("vitl", ["targets.sound.weight=0"], "no entry 'sound' in the list, which is image, video, or a number below"),
         (
             "vith",
-            ["teachers.image.image_size=224"],
+            ["targets.image.image_size=224"],
             "grid 16x16 (image_size 224 / patch_size 14) must equal the student's 14x14: set image_size to 196",
         ),
-        ("vitl", ["data.mask_ratio=0.001"], "0.001 of the 196 tokens of a slice masks 0"),
-        ("vitl", ["data.kind=frame"], "model 'student' takes 'video', not 'frame'"),
-        ("mae_vitb", ["model.num_frames=4"], "model.num_frames: data kind 'image' gives single images, so it must"),
-        ("mae_vitb", ["data.kind=video"], "model 'mae' takes 'image' or 'frame', not 'video'"),
+        ("vitl", ["mask.ratio=0.001"], "0.001 of the 196 tokens of a slice masks 0"),
+        ("vitl", ["data.kind=frame"], "'frame' gives image, and task 'distill' needs video: take 'ava' or 'lab"),
+        ("demo/image_teacher", ["data.kind=video"], "data.kind: 'video' gives video, and task 'mae' needs image: take"),
         (
             "vitl",
             ["batch.micro=3"],
@@ -354,15 +374,47 @@ def test_parts_that_do_not_fit(recipe, overrides, said):
     assert said in refusal(recipe, *overrides)
 
 
-def test_pixel_objective_takes_no_teacher():
-    teacher = load_config("vitb_from_vitb").teachers.image.model_dump_json()
-    assert "uses no image teacher: remove teachers.image" in refusal("mae_vitb", f"teachers.image={teacher}")
+def test_entries_of_a_list_are_meant_by_name_kind_or_number():
+    settings = ["targets.image.weight=2", "targets.videomae.precision=int8", "targets.1.normalize=true"]
+    image, video = load_config("vitl", settings).targets
+    assert (image.weight, image.precision, image.normalize) == (2.0, None, False)
+    assert (video.weight, video.precision, video.normalize) == (1.0, "int8", True)
+
+
+def test_an_entry_without_a_name_has_its_kinds(write):
+    tree = json.loads(load_config("vitl").model_dump_json())
+    for target in tree["targets"]:
+        del target["name"]
+    config = load_config(write("run.json", tree), ["targets.video.weight=3"])
+    assert [(target.title, target.weight) for target in config.targets] == [("image", 1.0), ("video", 3.0)]
+
+
+def test_targets_have_their_own_decoders_or_the_runs():
+    config = load_config("vitl", ['targets.video.decoder={"dim": 32, "depth": 1, "num_heads": 2}'])
+    assert [decoder(one) for one in config.decoders] == [(4, 512, 8), (1, 32, 2)]
+
+
+def test_a_kind_may_be_given_by_its_name_alone():
+    assert load_config("vitl", ["data.crop=center"]) == load_config("vitl", ['data.crop={"kind": "center"}'])
+
+
+def test_an_object_of_another_kind_replaces_the_one_it_extends(write):
+    cut = write("run.json", {"extends": "vitl", "data": {"crop": {"kind": "random_resized"}, "flip": 0.5}})
+    data = load_config(cut).data
+    assert data.crop == RandomResized() and data.flip == 0.5 and data.clip == Random(sampling_rate=4)
+    same = write("run.json", {"extends": "vitl", "data": {"kind": "video", "flip": 0.5}})
+    assert load_config(same).data.train == load_config("vitl").data.train
+    other = write("run.json", {"extends": "vitl", "data": {"kind": "labelled", "flip": 0.5}})
+    assert "data.train is missing" in refusal(other)
+
+
+def test_a_task_takes_any_data_that_has_what_it_needs():
+    assert load_config("vitl", ["data.kind=labelled"]).data.gives > load_config("vitl").needs
 
 
 def test_one_masked_token_and_one_visible_token_are_enough():
-    for ratio, masked in ((1 / 196 + 1e-9, 1), (195.5 / 196, 195)):
-        config = load_config("vitl", [f"data.mask_ratio={ratio}"])
-        assert int(config.data.mask_ratio * 196) == masked
+    for ratio, visible in ((1 / 196 + 1e-9, 195), (195.5 / 196, 1)):
+        assert load_config("vitl", [f"mask.ratio={ratio}"]).request.masks.num_visible == 8 * visible
 
 
 @pytest.mark.parametrize(
@@ -436,17 +488,23 @@ def test_missing_files_say_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data, image, video = missing_files(load_config("vith"))
     assert data.startswith("data.train: data/k400/train.txt does not exist") and "--set data.train=PATH" in data
-    assert "teachers.image.checkpoint: checkpoints/mae_vith.pth" in image and "ViT-H from the MAE project" in image
+    assert "targets.image.checkpoint: checkpoints/mae_vith.pth" in image and "ViT-H from the MAE project" in image
     assert "VideoMAE's model zoo" in video and "--config configs/videomae_vith.json" in video
     assert all("\n" not in sentence for sentence in (data, image, video))
-    [demo] = [line for line in missing_files(load_config("demo/student")) if "teachers.image" in line]
+    [demo] = [line for line in missing_files(load_config("demo/student")) if "targets.image" in line]
     assert "train it first" in demo and "ViT-" not in demo
+
+
+def test_a_target_of_weight_0_needs_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sentences = missing_files(load_config("vith", ["targets.image.weight=0"]))
+    assert [sentence.partition(":")[0] for sentence in sentences] == ["data.train", "targets.video.checkpoint"]
 
 
 def test_missing_files_sees_what_is_there(tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
     config = load_config("vitb_from_vitb", ["data.root=videos"])
-    for path in (config.data.train, config.teachers.image.checkpoint, config.teachers.video.checkpoint):
+    for path in (config.data.train, *(target.checkpoint for target in config.targets)):
         write(path, "x")
     [root] = missing_files(config)
     assert root.startswith("data.root: videos is not a folder")
@@ -472,21 +530,27 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(config_file.os, "fsync", full_disk)
+    monkeypatch.setattr(load.os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_config(load_config("vith"), target)
     assert target.read_text() == before and list(tmp_path.iterdir()) == [target]
 
 
-def test_kinds_are_read_off_the_folder_without_importing(tmp_path, monkeypatch, write):
-    monkeypatch.undo()
-    write("models/student.py", "raise SystemExit\ndef build(config):\n    return 1\n")
-    write("models/layers.py", "def helper():\n    build = 1\n")
-    write("models/big/__init__.py", "build = None\n")
-    write("models/__init__.py", "")
-    monkeypatch.setattr(config_checks, "PACKAGE", tmp_path)
-    assert config_checks.available_kinds("models") == ["big", "student"]
-    assert config_checks.available_kinds("data/kinds") == []
+def test_kinds_are_read_off_the_folders_without_importing(tmp_path, monkeypatch, write):
+    write("mvd_fast/tasks/mine.py", "raise SystemExit\nclass Config(RunConfig):\n    pass\n")
+    write("mvd_fast/tasks/helper.py", "def build():\n    class Config:\n        pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = [str(Path(kinds.__file__).parents[1] / "tasks")]
+    found = kinds.with_plugins(own, "mvd_fast.tasks")
+    assert found == [*own, str(tmp_path / "mvd_fast/tasks")]
+    assert kinds.kinds_in(found) == ("classify", "detect", "distill", "mae", "mine", "videomae")
+
+
+def test_another_mvd_fast_on_the_path_gives_no_kinds(tmp_path, monkeypatch, write):
+    write("mvd_fast/__init__.py", "")
+    write("mvd_fast/tasks/old.py", "class Config:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert kinds.with_plugins([], "mvd_fast.tasks") == []
 
 
 def test_known_deepspeed_keys_are_those_it_reads():
@@ -497,5 +561,5 @@ def test_known_deepspeed_keys_are_those_it_reads():
     folder = Path(spec.origin).parent
     files = [*folder.rglob("*config*.py"), *folder.rglob("constants.py")]
     quoted = set(re.findall(r"""["']([a-z0-9_]+)["']""", "".join(file.read_text("utf-8") for file in files)))
-    assert set() == config_checks.KNOWN_DEEPSPEED_KEYS - quoted
-    assert set() == config_checks.OWNED_DEEPSPEED_KEYS.keys() - quoted
+    assert set() == checks.KNOWN_DEEPSPEED_KEYS - quoted
+    assert set() == checks.OWNED_DEEPSPEED_KEYS.keys() - quoted

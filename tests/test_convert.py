@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,7 +25,7 @@ from mvd_fast.interop.network import check, recognise
 from mvd_fast.interop.storage import Source
 from mvd_fast.interop.tables import identify, make_table, resize
 from mvd_fast.interop.weights import read_weights
-from mvd_fast.models import ImageTeacher, MaskedVideoStudent, VideoClassifier, VideoMAE
+from mvd_fast.models import ClipConfig, DecoderConfig, ImageTeacher, MaskedVideoStudent, VideoClassifier, VideoMAE
 from mvd_fast.models.videomae import VideoEncoder
 
 DATA = Path(__file__).parent / "data"
@@ -33,8 +35,8 @@ DECODERS = {"small": (384, 2), "base": (768, 2), "large": (512, 4), "huge": (640
 
 SHAPE = {"image_size": 32, "patch_size": 8, "num_frames": 8, "tubelet_size": 2}
 VIT = {"embed_dim": 48, "depth": 2, "num_heads": 3}
-DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
-TARGETS = {"image_target_dim": 40, "video_target_dim": 56}
+DECODER = DecoderConfig(dim=32, depth=1, num_heads=2)
+DECODERS_OF_STUDENT = tiny_runs.two_decoders(40, 56, dim=32, depth=1, num_heads=2)
 
 
 def jittered(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -48,22 +50,22 @@ def jittered(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def student(**changes) -> MaskedVideoStudent:
-    return jittered(MaskedVideoStudent(**{**SHAPE, **VIT, **DECODER, **TARGETS, **changes}))
+    return jittered(MaskedVideoStudent(**{**SHAPE, **VIT, **DECODERS_OF_STUDENT, **changes}))
 
 
 def videomae(**changes) -> VideoMAE:
-    return jittered(VideoMAE(**{**SHAPE, **VIT, **DECODER, **changes}))
+    return jittered(VideoMAE(ClipConfig(**{**SHAPE, **VIT, **changes}), DECODER))
 
 
 def classifier(positions: str = "3d", **changes) -> VideoClassifier:
-    model = jittered(VideoClassifier(**{**SHAPE, **VIT, "num_classes": 5, "head_scale": 1.0, **changes}))
+    model = jittered(VideoClassifier(ClipConfig(**{**SHAPE, **VIT, **changes}), num_classes=5, head_scale=1.0))
     if positions == "1d":
         model.positions.copy_(make_table("1d", 48, (4, 4, 4), False))
     return model
 
 
 def image_vit() -> ImageTeacher:
-    return jittered(ImageTeacher(32, 8, **VIT))
+    return jittered(ImageTeacher(image_size=32, patch_size=8, **VIT))
 
 
 def clip(size: int = 32, frames: int = 8) -> Tensor:
@@ -122,9 +124,8 @@ def test_every_size_of_the_reference_is_recognised_from_shapes_alone(name: str) 
     assert s.num_classes == (400 if kind == "classifier" else 0)
     if kind == "student":
         teacher = 768 if size == "small" else dim
-        assert (s.decoder_dim, s.decoder_depth, s.image_target_dim, s.video_target_dim) == (
-            *DECODERS[size], teacher, teacher,
-        )  # fmt: skip
+        found = [(decoder.target, decoder.dim, decoder.depth, decoder.target_dim) for decoder in s.decoders]
+        assert found == [(name, *DECODERS[size], teacher) for name in ("image", "video")]
     assert f"ViT-{size[0].upper()}" in network.describe()
 
 
@@ -250,7 +251,9 @@ def test_their_own_class_reports_the_table_and_the_cards_lines_put_it_right(tmp_
 def test_a_videomae_encoder_in_hugging_face(tmp_path: Path, transformers) -> None:
     """Golden weights: 1-D positions and the final norm need none but their own class."""
     _, tensors = golden("videomae_step")
-    model = VideoMAE(64, 16, 16, 2, 48, 2, 3, 32, 2, 2).eval()
+    model = VideoMAE(
+        ClipConfig(image_size=64, embed_dim=48, depth=2, num_heads=3), DecoderConfig(dim=32, depth=2, num_heads=2)
+    ).eval()
     model.load_state_dict(sub(tensors, "model"))
     convert(saved(model, tmp_path / "v.pth"), tmp_path / "hf", "hf", heads=3, image_size=64)
     assert not (tmp_path / "hf/modeling_mvd.py").exists()
@@ -299,7 +302,7 @@ def test_from_hugging_face(tmp_path: Path, transformers, binary: bool) -> None:
         (tmp_path / "hf/model.safetensors").unlink()
     expected = theirs(frames_first(clip())).last_hidden_state
     convert(tmp_path / "hf", tmp_path / "v.safetensors", "videomae")
-    ours = VideoEncoder(**SHAPE, **VIT)
+    ours = VideoEncoder(ClipConfig(**SHAPE, **VIT))
     state = {k.removeprefix("encoder."): v for k, v in load_file(tmp_path / "v.safetensors").items()}
     ours.load_state_dict(state, strict=True)
     assert_close(ours.eval()(clip(), normed=True), expected)
@@ -327,7 +330,7 @@ def test_a_pre_training_network_from_hugging_face(tmp_path: Path, transformers) 
     theirs.decoder.norm.eps = 1e-6
     theirs.save_pretrained(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "v.safetensors", "videomae")
-    ours = VideoMAE(**SHAPE, **VIT, **DECODER).eval()
+    ours = VideoMAE(ClipConfig(**SHAPE, **VIT), DECODER).eval()
     ours.load_state_dict(load_file(tmp_path / "v.safetensors"), strict=True)
     mask = torch.zeros(2, 4, 16, dtype=torch.bool)
     mask[:, :, :10] = True
@@ -391,7 +394,7 @@ def test_an_image_vit_in_timm(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     theirs = timm.models.VisionTransformer(64, 16, embed_dim=48, depth=2, num_heads=4, num_classes=0).eval()
     theirs.load_state_dict(read_weights(tmp_path / "t.pth"), strict=True)
-    ours = ImageTeacher(64, 16, 48, 2, 4).eval()
+    ours = ImageTeacher(image_size=64, embed_dim=48, depth=2, num_heads=4).eval()
     ours.load_state_dict({k: v for k, v in sub(tensors, "model").items() if k in ours.state_dict()})
     image = tensors["image"].float()
     assert_close(theirs.forward_features(image), ours.norm(*ours.encode(image))[1])
@@ -431,7 +434,7 @@ def test_from_timm(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lost in mvd: its learned positions"):
         convert(path, tmp_path / "m.pth", "mvd", heads=3)
     convert(path, tmp_path / "m.pth", "mvd", heads=3, partial=True)
-    ours = ImageTeacher(32, 8, **VIT).eval()
+    ours = ImageTeacher(image_size=32, patch_size=8, **VIT).eval()
     state = read_weights(tmp_path / "m.pth")
     ours.load_state_dict(state)
     ours.pos_embed.copy_(state["pos_embed"])  # it is in the file; the teacher insists on its own
@@ -460,7 +463,7 @@ def test_fixed_tables_are_regenerated(tmp_path: Path) -> None:
     assert any("regenerated from 4 x 4 x 4 to 8 x 6 x 6 tokens: pos_embed, pos_embed_img" in line for line in report)
     larger = student(image_size=48, num_frames=16)
     larger.load_state_dict(load_file(tmp_path / "l.safetensors"), strict=True)
-    fresh = MaskedVideoStudent(**{**SHAPE, **VIT, **DECODER, **TARGETS, "image_size": 48, "num_frames": 16})
+    fresh = MaskedVideoStudent(**{**SHAPE, **VIT, **DECODERS_OF_STUDENT, "image_size": 48, "num_frames": 16})
     for name in ("pos_embed", "pos_embed_img", "pos_embed_vid"):
         assert torch.equal(getattr(larger, name), getattr(fresh, name))
     assert larger.encode(clip(48, 16)).shape == (2, 288, 48)
@@ -502,12 +505,12 @@ def test_sizes_that_do_not_fit(tmp_path: Path, options, said) -> None:
 
 
 def run_folder(folder: Path, model: nn.Module) -> Path:
-    """What a killed run leaves: its config, and one checkpoint with a manifest."""
+    """What a killed run leaves: one checkpoint with a manifest, whose weights say what they are."""
     checkpoint = folder / "checkpoints/update-00000042"
     checkpoint.mkdir(parents=True)
-    config = {"model": {"kind": "student", **SHAPE, **VIT, **DECODER}, "data": {"mean": [0.5] * 3, "std": [0.25] * 3}}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = saved(model, checkpoint / "model.safetensors")
+    weights = checkpoint / "model.safetensors"
+    said = tiny_runs.said("distill", {**SHAPE, **VIT}, mean=[0.5] * 3, std=[0.25] * 3)
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, weights, said)
     facts = {"bytes": weights.stat().st_size, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
     (checkpoint / "manifest.json").write_text(json.dumps({"files": {weights.name: facts}}))
     return checkpoint
@@ -517,11 +520,11 @@ def test_runs_and_checkpoints_of_ours(tmp_path: Path) -> None:
     model = student()
     checkpoint = run_folder(tmp_path / "run", model)
     for number, source in enumerate((tmp_path / "run", checkpoint, checkpoint / "model.safetensors")):
-        convert(source, tmp_path / f"{number}.safetensors", "mvd")  # heads: the run's config says so
+        convert(source, tmp_path / f"{number}.safetensors", "mvd")  # heads: the file says so
         assert_same(load_file(tmp_path / f"{number}.safetensors"), model.state_dict())
     convert(tmp_path / "run", tmp_path / "hf", "hf")
     assert json.loads((tmp_path / "hf/preprocessor_config.json").read_text())["image_std"] == [0.25] * 3
-    saved(model, tmp_path / "run/model.safetensors")  # the run has finished
+    shutil.copy(checkpoint / "model.safetensors", tmp_path / "run")  # the run has finished
     assert "3 heads" in convert(tmp_path / "run", tmp_path / "f.pth", "timm")[0]
 
 

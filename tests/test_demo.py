@@ -15,7 +15,7 @@ import teacher_8bit
 import tiny_runs
 import torch
 
-from mvd_fast.config_file import load_config
+from mvd_fast.config.load import load_config
 from mvd_fast.demo import digits
 from mvd_fast.demo import run as demo_run
 from mvd_fast.downstream.features import clip_features, slice_similarity
@@ -53,8 +53,8 @@ def test_teachers_are_bf16_where_that_is_fast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, precision: str
 ) -> None:
     monkeypatch.setattr(demo_run, "has_fast_bf16", lambda: fast)
-    teachers = demo_run.Demo(tmp_path, "quick", 0).config("student").teachers
-    assert (teachers.image.precision, teachers.video.precision) == (precision, precision)
+    targets = demo_run.Demo(tmp_path, "quick", 0).config("student").targets
+    assert [target.precision for target in targets] == [precision, precision]
 
 
 def test_the_set_is_a_function_of_its_seed(folder: Path, tmp_path: Path) -> None:

@@ -11,17 +11,12 @@ from pathlib import Path
 import pytest
 
 from mvd_fast import cli
-from mvd_fast.config import RunConfig
-from mvd_fast.config_checks import (
-    DATA_OF_MODEL,
-    KNOWN_DEEPSPEED_KEYS,
-    OBJECTIVE_OF_MODEL,
-    OWNED_DEEPSPEED_KEYS,
-    available_kinds,
-)
-from mvd_fast.config_file import list_recipes, load_config
-from mvd_fast.config_reference import REGISTRIES, reference, setting_names
-from mvd_fast.planning.dry_run import objective_without_memory
+from mvd_fast.config.checks import KNOWN_DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
+from mvd_fast.config.kinds import DATASETS, TARGETS, TASKS, available_kinds, kind_module
+from mvd_fast.config.load import list_recipes, load_config
+from mvd_fast.config.reference import reference, setting_names
+from mvd_fast.config.reference import sections as reference_sections
+from mvd_fast.planning.dry_run import task_without_memory
 from mvd_fast.training import trainer
 
 ROOT = Path(__file__).parents[1]
@@ -47,14 +42,16 @@ def test_the_page_of_settings_is_the_schemas() -> None:
 
 
 def test_every_setting_stands_there_with_its_meaning() -> None:
-    rows = re.findall(r"^\| `([\w.]+)` \| .* \| (\S.*) \|$", SETTINGS_PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert [key for key, _ in rows] == sorted(setting_names(), key=[key for key, _ in rows].index)
-    assert len(rows) == len(setting_names()) > 90
+    rows = re.findall(
+        r"^\| `([\w.\[\]]+)` \| .* \| (\S.*) \|$", SETTINGS_PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert list(dict.fromkeys(key for key, _ in rows)) == setting_names()
+    assert len(setting_names()) > 90
 
 
 def settings_named() -> Iterator[tuple[str, str]]:
-    """(page, dotted key) of what looks like one in code; `teachers.*.precision` stands for both roles."""
-    sections = "|".join(name for name, field in RunConfig.model_fields.items() if name != "name")
+    """(page, dotted key) of what looks like one in code; `targets.*.precision` stands for all entries."""
+    sections = "|".join({re.split(r"[.\[]", name)[0] for name in setting_names() if "." in name} | {"deepspeed"})
     files = r"(?!\w*\.(?:md|py|json|jsonl|txt|safetensors|pth|csv)\b)"
     pattern = re.compile(rf"(?<![\w./*-]){files}({sections})((?:\.(?:\w+|\*))+)(?![\w/(])")
     for page, text in TEXTS.items():
@@ -63,9 +60,13 @@ def settings_named() -> Iterator[tuple[str, str]]:
 
 
 def test_every_setting_that_is_named_exists() -> None:
-    names = setting_names()
+    names = [name.replace("[]", ".entry") for name in setting_names()]
     sections = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
-    known = {*names, *sections}
+    known = {
+        *names,
+        *sections,
+        *(f"{s.key}.kind" for section in reference_sections() for s in section.settings if s.choices),
+    }
     found = list(settings_named())
     wrong = []
     for page, key in found:
@@ -73,7 +74,8 @@ def test_every_setting_that_is_named_exists() -> None:
         if first == "deepspeed":
             fine = rest.split(".")[0] in KNOWN_DEEPSPEED_KEYS | OWNED_DEEPSPEED_KEYS.keys()
         else:
-            fine = any(re.fullmatch(key.replace(".", r"\.").replace("*", r"\w+"), name) for name in known)
+            entry = re.sub(r"^targets\.[^.]+", "targets.entry", key)  # by its name, kind or number
+            fine = any(re.fullmatch(entry.replace(".", r"\.").replace("*", r"\w+"), name) for name in known)
         wrong += [] if fine else [f"{page}: {key}"]
     assert not wrong
     assert len({key for _, key in found}) > 60
@@ -82,31 +84,38 @@ def test_every_setting_that_is_named_exists() -> None:
 # ---- kinds ----
 
 
-@pytest.mark.parametrize("registry", dict.fromkeys(REGISTRIES.values()))
-def test_every_kind_is_described(registry: str) -> None:
+@pytest.mark.parametrize("package", [TASKS, TARGETS, DATASETS])
+def test_every_kind_is_described(package: str) -> None:
     spans = {word for span in code_spans(WRITTEN) for word in re.findall(r"\w+", span)}
-    assert not set(available_kinds(registry)) - spans
+    assert not set(available_kinds(package)) - spans
+
+
+def table_after(page: str, heading: str) -> list[list[list[str]]]:
+    """Code in the cells of the table whose first column is headed so."""
+    table = TEXTS[page].split(f"| {heading} |")[1].split("\n\n")[0]
+    return [[code_spans(cell) for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
 def test_the_table_of_data_kinds_has_them_all() -> None:
-    rows = re.findall(
-        r"^\| `(\w+)` \|", TEXTS["docs/data.md"].split("| `data.kind` |")[1].split("\n\n")[0], re.MULTILINE
-    )
-    assert sorted(rows) == available_kinds("data/kinds")
+    assert sorted(row[0][0] for row in table_after("docs/data.md", "`data.kind`")) == list(available_kinds(DATASETS))
 
 
-def test_the_table_of_what_goes_together() -> None:
-    table = TEXTS["docs/training.md"].split("| `model.kind` |")[1].split("\n\n")[0]
-    rows = [[code_spans(cell) for cell in line.split("|")[1:4]] for line in table.splitlines()[2:]]
-    assert {model: objective for (model,), (objective,), _ in rows} == OBJECTIVE_OF_MODEL
-    assert {model: tuple(data) for (model,), _, data in rows} == DATA_OF_MODEL
+def test_the_table_of_tasks_says_which_data_they_take() -> None:
+    rows = {row[0][0]: set(row[3]) for row in table_after("docs/training.md", "`task`")}
+    datasets = {kind: kind_module(DATASETS, kind).Config.gives for kind in available_kinds(DATASETS)}
+    needs = {task: kind_module(TASKS, task).Config.needs for task in available_kinds(TASKS)}
+    assert rows == {task: {kind for kind, gives in datasets.items() if need <= gives} for task, need in needs.items()}
 
 
 def test_every_kind_that_is_named_exists() -> None:
-    named = re.findall(r"(?<![\w.])(model|teachers\.\w+|objective|data)\.kind[=:] ?`?\"?(\w+)", WRITTEN)
-    assert named
+    named = re.findall(r"(?<![\w.])(task|targets\.\w+\.kind|data\.kind)[=:] ?`?\"?(\w+)", WRITTEN)
+    named = [
+        (part, kind) for part, kind in named if kind != "mine" and (part != "task" or kind in available_kinds(TASKS))
+    ]
+    assert named  # `mine` is the name of a file that a reader writes
+    packages = {"task": TASKS, "data.kind": DATASETS}
     for part, kind in named:
-        assert kind in available_kinds(REGISTRIES[f"{part}.kind"]), f"{part}.kind={kind}"
+        assert kind in available_kinds(packages.get(part, TARGETS)), f"{part}={kind}"
 
 
 # ---- commands ----
@@ -162,6 +171,14 @@ def test_commands_can_be_given_as_they_stand(page: str, argv: list[str], monkeyp
             raise Parsed(arguments)
         return arguments
 
+    def handed_on(command: list[str]) -> None:
+        """pytest's, of `bench step`; its own options are tested there."""
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--config", default="vitb_from_vitb")
+        parser.add_argument("--set", nargs="+", default=[])
+        raise Parsed(parser.parse_known_args(command[4:])[0])
+
+    monkeypatch.setattr(cli.subprocess, "call", handed_on)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
     monkeypatch.chdir(ROOT)
     with pytest.raises(Parsed) as stop:
@@ -202,6 +219,5 @@ def test_links_lead_somewhere() -> None:
 def test_the_phases_of_a_step_are_described() -> None:
     (row,) = re.findall(r"^\| `phase_seconds` \| (.*) \|$", TEXTS["docs/training.md"], re.MULTILINE)
     timed = set(re.findall(r'\.phase\("(\w+)"\)', Path(trainer.__file__).read_text()))
-    objective = objective_without_memory(load_config("vits_from_vitb"))
-    watched = {"forward" if name == "model" else name for name, _ in objective.named_children()}
+    watched = {"forward", *task_without_memory(load_config("vits_from_vitb")).frozen()}
     assert set(code_spans(row)) == timed | watched

@@ -29,7 +29,7 @@ CLASSES = 80
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
     write_digit_set(folder, DigitSet(train=24, test=9, seed=0))
-    save_run(folder / "student", student(), "student")
+    save_run(folder / "student", student(), "distill")
     return folder
 
 
@@ -42,11 +42,11 @@ def config(inputs: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         "name": "tiny",
         "run_dir": str(run_dir),
         "precision": "fp32",
-        "model": {"kind": "classifier", **tiny_runs.ENCODER, **tiny_runs.CLIP, "num_classes": CLASSES}
-        | {"init": str(inputs / "student"), "drop_path": 0.2, "head_dropout": 0.1},
-        "objective": {"kind": "classification"},
-        "data": {"kind": "labelled", "train": str(inputs / "train.txt"), "sampling_rate": 1, "threads": 1}
-        | {"crop": "random_resized", "area": [0.5, 1.0]},
+        "task": "classify",
+        "model": {**tiny_runs.ENCODER, **tiny_runs.CLIP, "num_classes": CLASSES, "drop_path": 0.2, "head_dropout": 0.1},
+        "init": str(inputs / "student"),
+        "data": {"kind": "labelled", "train": str(inputs / "train.txt"), "threads": 1}
+        | {"clip": {"kind": "random", "sampling_rate": 1}, "crop": {"kind": "random_resized", "area": [0.5, 1.0]}},
         "augment": {"repeats": 2, "rand_augment": {"layers": 1}, "random_erasing": 0.5, "mixup": 0.8, "cutmix": 1.0}
         | {"label_smoothing": 0.1},
         "evaluation": {"list": str(inputs / "val.txt"), "clips": 2, "crops": 3, "batch": 5},
@@ -148,7 +148,7 @@ def test_evaluate_command_counts_every_video_once_on_any_number_of_ranks(
 
 def test_a_bf16_run_from_scratch_trains(inputs: Path, tmp_path: Path) -> None:
     content = config(inputs, tmp_path, precision="bf16", augment={}, evaluation={})
-    content["model"]["init"] = ""
+    content["init"] = ""
     content["optim"] = {"base_lr": 0.03, "epochs": 4, "warmup_epochs": 0, "layer_decay": 1.0, "ema": 0.5}
     content["deepspeed"] = {"zero_optimization": {"stage": 1}}
     status, output = tiny_runs.finish(start(tiny_runs.write_config(tmp_path / "c.json", content)))
@@ -160,13 +160,15 @@ def test_a_bf16_run_from_scratch_trains(inputs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"num_classes": 10}, "but model.num_classes is 10: labels go from 0 to 9"),
+        (
+            {"model": {**tiny_runs.ENCODER, **tiny_runs.CLIP, "num_classes": 10}},
+            "but model.num_classes is 10: labels go from 0 to 9",
+        ),
         ({"init": "README.md"}, "README.md cannot be read"),
     ],
 )
 def test_what_a_run_cannot_start_with(inputs: Path, tmp_path: Path, changes: dict, sentence: str) -> None:
-    content = config(inputs, tmp_path)
-    content["model"] |= changes
+    content = config(inputs, tmp_path, **changes)
     done = subprocess.run(
         [sys.executable, "mvd_fast/finetune.py", "--config", str(tiny_runs.write_config(tmp_path / "c.json", content))],
         env=tiny_runs.environment(), cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600,
@@ -176,7 +178,10 @@ def test_what_a_run_cannot_start_with(inputs: Path, tmp_path: Path, changes: dic
 
 def test_pretraining_configs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert finetune(["--config", "vitl"]) == 2
-    assert "pre-trains a student and has no classes; start it with mvd_fast/train.py" in capsys.readouterr().err
+    assert (
+        "has task 'distill', which pre-trains and has no classes; start it with mvd_fast/train.py"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_student_is_not_evaluated(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numbered_videos import number_of, plainly_decoded
-from video_files import loader_of, run_config, write_list
+from video_files import data_setup, loader_of, write_list
 from video_kinds import DAMAGED_VIDEOS, VIDEOS
 
 from mvd_fast.data import media, sampling
@@ -111,7 +111,7 @@ def test_a_picture_that_a_decoder_refuses_is_damage(name, path_of):
 def test_training_sees_these_frames(by_dali, path_of, tmp_path):
     """Of every file: clips anywhere in it, whoever decodes."""
     listed = write_list(tmp_path / "list.txt", [path_of(name) for name in VIDEOS])
-    config = run_config(listed, batch=len(VIDEOS), crop="whole", sampling_rate=1, mean=(0, 0, 0), std=(1, 1, 1))
+    config = data_setup(listed, crop="whole", sampling_rate=1, mean=(0, 0, 0), std=(1, 1, 1))
     with closing(loader_of(config, micro=len(VIDEOS))) as loader:
         if not by_dali:
             loader.suspects.update(dict.fromkeys(loader.paths, "on trial"))

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvd_fast.models import VideoTeacher
-from mvd_fast.models.frozen import FrozenLinear
-from mvd_fast.teachers import to_precision
+from mvd_fast.models.frozen import FrozenLinear, to_precision
 
 PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -1,4 +1,4 @@
-"""Our networks and objectives against numbers computed with the authors' implementations (float32, CPU).
+"""Our networks and tasks against numbers computed with the authors' implementations (float32, CPU).
 
 Tolerances: outputs and losses within 1e-5 relative, gradients within 1e-4 of the largest entry.
 """
@@ -15,14 +15,19 @@ import yardstick
 from safetensors.torch import load_file
 
 from mvd_fast.models import (
+    ClipConfig,
+    DecoderConfig,
     ImageTeacher,
     MaskedAutoencoder,
     MaskedVideoStudent,
+    TargetDecoder,
     VideoClassifier,
     VideoMAE,
     VideoTeacher,
+    ViTConfig,
 )
-from mvd_fast.objectives import DistillationObjective, PixelObjective
+from mvd_fast.tasks.distill import DistilledStudent, distillation
+from mvd_fast.tasks.pixels import PixelTask
 from mvd_fast.training.optim import is_decayed, layer_scale, parameter_groups
 
 DATA = Path(__file__).parent / "data"
@@ -59,7 +64,7 @@ def mvd():
     c = facts["config"]
     shape = {"image_size": 64, "patch_size": 16, "num_frames": 16, "tubelet_size": 2}
     s = c["student"]
-    student = MaskedVideoStudent(
+    student = DistilledStudent(
         **shape,
         embed_dim=s["embed_dim"],
         depth=s["depth"],
@@ -70,7 +75,7 @@ def mvd():
         image_target_dim=c["image_teacher"]["embed_dim"],
         video_target_dim=c["video_teacher"]["embed_dim"],
     )
-    image_teacher = ImageTeacher(64, 16, **c["image_teacher"])
+    image_teacher = ImageTeacher(image_size=64, patch_size=16, **c["image_teacher"])
     video_teacher = VideoTeacher(**shape, **c["video_teacher"])
     student.load_state_dict(sub(tensors, "student"), strict=True)
     image_teacher.load_state_dict(sub(tensors, "image_teacher"), strict=True)
@@ -81,17 +86,21 @@ def mvd():
 
 def test_mvd_predictions_and_targets(mvd) -> None:
     _, tensors, batch, student, image_teacher, video_teacher = mvd
-    pred_image, pred_video = student(batch["video"], batch["mask"])
+    pred_image, pred_video = student.predict(batch["video"], batch["mask"])
     assert_rows_close(pred_image, tensors["pred_image"])
     assert_rows_close(pred_video, tensors["pred_video"])
-    image, video = DistillationObjective(student, image_teacher, video_teacher).targets(batch["video"])
-    assert_rows_close(image, tensors["image_teacher_features"])
-    assert_rows_close(video, tensors["video_teacher_features"])
+    found = distillation(student, image_teacher, video_teacher).with_targets(batch)
+    assert_rows_close(found["target_image"], tensors["image_teacher_features"])
+    assert_rows_close(found["target_video"], tensors["video_teacher_features"])
 
 
 def test_fresh_position_tables_are_the_references(mvd) -> None:
     tensors = mvd[1]
-    fresh = MaskedVideoStudent(64, 16, 16, 2, 48, 1, 3, 32, 1, 2, 32, 40)
+    clip = ClipConfig(image_size=64, embed_dim=48, depth=1, num_heads=3)
+    decoder = {"dim": 32, "depth": 1, "num_heads": 2}
+    widths = {"image": 32, "video": 40}
+    decoders = [TargetDecoder(target=name, target_dim=width, **decoder) for name, width in widths.items()]
+    fresh = MaskedVideoStudent(clip, decoders)
     for name in ("pos_embed", "pos_embed_img", "pos_embed_vid"):
         assert_rows_close(getattr(fresh, name), tensors[f"student.{name}"], 1e-6)
 
@@ -99,10 +108,10 @@ def test_fresh_position_tables_are_the_references(mvd) -> None:
 @pytest.mark.parametrize(("kind", "normalize"), [("raw", False), ("norm", True)])
 def test_mvd_losses_gradients_and_three_steps(mvd, kind: str, normalize: bool) -> None:
     facts, tensors, batch, student, image_teacher, video_teacher = mvd
-    objective = DistillationObjective(student, image_teacher, video_teacher, normalize_targets=normalize)
+    task = distillation(student, image_teacher, video_teacher, normalize_targets=normalize)
     optimizer = torch.optim.AdamW(parameter_groups(student.named_parameters(), 0.05), betas=(0.9, 0.95), eps=1e-8)
     for number, step in enumerate(facts[kind]["steps"]):
-        out = objective(batch)
+        out = task(batch)
         assert out["loss"].item() == pytest.approx(step["total"], rel=1e-5)
         assert out["loss_image"].item() == pytest.approx(step["image"], rel=1e-5)
         assert out["loss_video"].item() == pytest.approx(step["video"], rel=1e-5)
@@ -124,8 +133,8 @@ def test_mvd_losses_gradients_and_three_steps(mvd, kind: str, normalize: bool) -
 @pytest.mark.parametrize(("kind", "normalize"), [("raw", False), ("norm", True)])
 def test_the_benchmarks_yardstick_computes_the_same(mvd, kind: str, normalize: bool) -> None:
     facts, tensors, batch, student, image_teacher, video_teacher = mvd
-    objective = DistillationObjective(student, image_teacher, video_teacher, normalize_targets=normalize)
-    out = yardstick.distillation_losses(objective, batch)
+    task = distillation(student, image_teacher, video_teacher, normalize_targets=normalize)
+    out = yardstick.distillation_losses(task, batch)
     step = facts[kind]["steps"][0]
     expected = {"loss": step["total"], "loss_image": step["image"], "loss_video": step["video"]}
     assert {name: part.item() for name, part in out.items()} == pytest.approx(expected, rel=1e-5)
@@ -141,8 +150,8 @@ def test_no_weight_decay_on_the_references_set(mvd) -> None:
 
 def test_teachers_stay_frozen_and_in_eval(mvd) -> None:
     _, _, batch, student, image_teacher, video_teacher = mvd
-    objective = DistillationObjective(student, image_teacher, video_teacher).train()
-    objective(batch)["loss"].backward()
+    task = distillation(student, image_teacher, video_teacher).train()
+    task(batch)["loss"].backward()
     assert student.training and not image_teacher.training and not video_teacher.training
     assert all(p.grad is None for p in [*image_teacher.parameters(), *video_teacher.parameters()])
 
@@ -150,14 +159,13 @@ def test_teachers_stay_frozen_and_in_eval(mvd) -> None:
 def test_videomae() -> None:
     facts, tensors = load("videomae_step")
     c = facts["config"]
-    decoder = {
-        f"decoder_{k}": c["decoder"][v] for k, v in (("dim", "embed_dim"), ("depth", "depth"), ("heads", "num_heads"))
-    }
-    model = VideoMAE(64, 16, 16, 2, **c["encoder"], **decoder)
+    d = c["decoder"]
+    decoder = DecoderConfig(dim=d["embed_dim"], depth=d["depth"], num_heads=d["num_heads"])
+    model = VideoMAE(ClipConfig(image_size=64, **c["encoder"]), decoder)
     model.load_state_dict(sub(tensors, "model"), strict=True)
     batch = {"video": tensors["video"].float(), "mask": tensors["mask"]}
     assert_rows_close(model(**batch), tensors["pred"])
-    loss = PixelObjective(model)(batch)["loss"]
+    loss = PixelTask(model, "video")(batch)["loss"]
     assert loss.item() == pytest.approx(facts["loss"], rel=1e-5)
     loss.backward()
     assert_grads(model, sub(tensors, "grad"))
@@ -166,16 +174,15 @@ def test_videomae() -> None:
 def test_mae() -> None:
     facts, tensors = load("mae_step")
     c = facts["config"]
-    model = MaskedAutoencoder(
-        64, 16, c["embed_dim"], c["depth"], c["num_heads"],
-        c["decoder_embed_dim"], c["decoder_depth"], c["decoder_num_heads"],
-    )  # fmt: skip
+    encoder = ViTConfig(image_size=64, embed_dim=c["embed_dim"], depth=c["depth"], num_heads=c["num_heads"])
+    sizes = {"dim": "decoder_embed_dim", "depth": "decoder_depth", "num_heads": "decoder_num_heads"}
+    model = MaskedAutoencoder(encoder, DecoderConfig(**{name: c[theirs] for name, theirs in sizes.items()}))
     model.load_state_dict(sub(tensors, "model"), strict=True)
     mask = tensors["mask"]
     batch = {"image": tensors["image"].float(), "mask": mask}
     expected = tensors["pred"][mask].unflatten(0, (len(mask), -1))
     assert_rows_close(model(batch["image"], mask), expected)
-    loss = PixelObjective(model)(batch)["loss"]
+    loss = PixelTask(model, "image")(batch)["loss"]
     assert loss.item() == pytest.approx(facts["loss"], rel=1e-5)
     loss.backward()
     assert_grads(model, sub(tensors, "grad"))
@@ -183,7 +190,7 @@ def test_mae() -> None:
 
 def test_classifier() -> None:
     facts, tensors = load("finetune")
-    model = VideoClassifier(64, 16, 16, 2, 48, 3, 3, num_classes=11)
+    model = VideoClassifier(ClipConfig(image_size=64, embed_dim=48, depth=3, num_heads=3), num_classes=11)
     model.load_state_dict(sub(tensors, "model"), strict=True)
     logits = model(tensors["video"].float())
     assert_rows_close(logits, tensors["logits"])
@@ -201,12 +208,11 @@ def _network(name: str):
     clip = {"image_size": 224, "patch_size": 16, "num_frames": 16, "tubelet_size": 2}
     if kind == "image_teacher":
         image, patch = (196, 14) if size == "huge" else (224, 16)
-        return ImageTeacher(image, patch, dim, depth, heads)
+        return ImageTeacher(image_size=image, patch_size=patch, embed_dim=dim, depth=depth, num_heads=heads)
     if kind == "video_teacher":
         return VideoTeacher(**clip, embed_dim=dim, depth=depth, num_heads=heads)
     if kind == "classifier":
-        classes = 400
-        return VideoClassifier(**clip, embed_dim=dim, depth=depth, num_heads=heads, num_classes=classes)
+        return VideoClassifier(ClipConfig(**clip, embed_dim=dim, depth=depth, num_heads=heads), num_classes=400)
     target, decoder_dim, decoder_depth, decoder_heads = DECODERS[size]
     return MaskedVideoStudent(
         **clip, embed_dim=dim, depth=depth, num_heads=heads, decoder_dim=decoder_dim, decoder_depth=decoder_depth,

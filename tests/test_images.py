@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from video_files import loader_of, run_config, write_list, write_video
+from video_files import data_setup, loader_of, write_list, write_video
 
 from mvd_fast.data import images
 from mvd_fast.data.check import check_list
@@ -208,7 +208,7 @@ def shown(tmp_path_factory) -> dict[str, dict[str, np.ndarray]]:
         (folder / name).write_bytes(content)
     listed = write_list(folder / "list.txt", KINDS)
     count = len(KINDS)
-    config = run_config(listed, batch=count, kind="image", crop="center", mean=(0, 0, 0), std=(1, 1, 1))
+    config = data_setup(listed, kind="image", crop="center", mean=(0, 0, 0), std=(1, 1, 1))
     by = {}
     for decoder in ("DALI", "Pillow"):
         with closing(loader_of(config, micro=count)) as loader:
@@ -295,7 +295,7 @@ def test_a_motion_photo_is_usable(tmp_path):
     photo = (DATA / "motion_photo.jpg").read_bytes()
     (tmp_path / "photo.jpg").write_bytes(photo + photo[photo.index(b"ftyp") :] * 100)
     listed = write_list(tmp_path / "list.txt", ["photo.jpg"])
-    config = run_config(listed, batch=1, kind="image", crop="whole", mean=(0, 0, 0), std=(1, 1, 1))
+    config = data_setup(listed, kind="image", crop="whole", mean=(0, 0, 0), std=(1, 1, 1))
     with closing(loader_of(config, micro=1)) as loader:
         shown = next(loader.batches(0))["image"][0].permute(1, 2, 0).numpy() * 255
         assert not loader.bad_files

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from video_files import assert_same, loader_of, run_config, take, write_list, write_mixed_list, write_video
+from video_files import assert_same, data_setup, loader_of, take, write_list, write_mixed_list, write_video
 
 from mvd_fast.data import sampling
 from mvd_fast.data.sampling import SampleKey
@@ -34,15 +34,15 @@ def vp9_list(tmp_path_factory) -> Path:
 
 
 def test_masks_equal_the_kernel_library(vp9_list):
-    config = run_config(vp9_list, seed=2**40 + 3, mask_ratio=0.75)
+    config = data_setup(vp9_list, seed=2**40 + 3, mask_ratio=0.75)
     for epoch, batch in zip((0, 0, 1), take(config, 3), strict=True):
-        expected = tube_mask(config.seed, epoch, batch["index"], config.model.grid, 0.75).mask
+        expected = tube_mask(config.seed, epoch, batch["index"], config.request.masks.grid, 0.75).mask
         assert batch["mask"].dtype == torch.bool
         assert torch.equal(batch["mask"], expected)
 
 
 def test_an_epoch_shows_every_file_once_in_an_order_of_its_own(vp9_list):
-    config = run_config(vp9_list, batch=5)
+    config = data_setup(vp9_list)
     indices = [batch["index"].tolist() for batch in take(config, 4, micro=5)]
     first, second = indices[0] + indices[1], indices[2] + indices[3]
     assert sorted(first) == sorted(second) == list(range(10))
@@ -50,7 +50,7 @@ def test_an_epoch_shows_every_file_once_in_an_order_of_its_own(vp9_list):
 
 
 def test_resuming_at_any_update_continues_the_run(mixed_list):
-    config = run_config(mixed_list)
+    config = data_setup(mixed_list)
     whole = take(config, 5)
     assert_same(take(config, 5), whole)
     for start in (1, 2, 4):
@@ -58,7 +58,7 @@ def test_resuming_at_any_update_continues_the_run(mixed_list):
 
 
 def test_every_world_size_sees_the_same_updates(mixed_list):
-    config = run_config(mixed_list, batch=8)
+    config = data_setup(mixed_list)
     whole = take(config, 2, micro=8)
     parts = take(config, 4, micro=4, accumulation=2)
     ranks = [take(config, 4, rank=rank, world=2, micro=2, accumulation=2) for rank in (0, 1)]
@@ -71,15 +71,15 @@ def test_every_world_size_sees_the_same_updates(mixed_list):
 
 
 def test_seeds_and_epochs_differ(vp9_list):
-    first, other = take(run_config(vp9_list), 1)[0], take(run_config(vp9_list, seed=1), 1)[0]
+    first, other = take(data_setup(vp9_list), 1)[0], take(data_setup(vp9_list, seed=1), 1)[0]
     assert not torch.equal(first["index"], other["index"])
-    epochs = take(run_config(vp9_list, batch=10), 2, micro=10)
+    epochs = take(data_setup(vp9_list), 2, micro=10)
     zero, one = ({int(i): video for i, video in zip(b["index"], b["video"], strict=True)} for b in epochs)
     assert any(not torch.equal(zero[index], one[index]) for index in zero)
 
 
 def test_batches_are_not_overwritten_by_later_ones(vp9_list):
-    config = run_config(vp9_list, prefetch=1)
+    config = data_setup(vp9_list, prefetch=1)
     with closing(loader_of(config)) as loader:
         batches = loader.batches(0)
         kept = [next(batches) for _ in range(6)]
@@ -90,8 +90,8 @@ def test_batches_are_not_overwritten_by_later_ones(vp9_list):
 
 
 def test_worker_processes_deliver_the_same(mixed_list):
-    config = run_config(mixed_list)
-    assert_same(take(run_config(mixed_list, workers=1), 3), take(config, 3))
+    config = data_setup(mixed_list)
+    assert_same(take(data_setup(mixed_list, workers=1), 3), take(config, 3))
 
 
 KILLED = """
@@ -129,13 +129,13 @@ def test_workers_go_when_the_trainer_is_killed(tmp_path):
 
 def test_lists_that_cannot_work_are_refused_at_once(vp9_list, tmp_path):
     with pytest.raises(ValueError, match="lists 10 files, less than one update"):
-        loader_of(run_config(vp9_list, batch=11), micro=11)
+        loader_of(data_setup(vp9_list), micro=11)
     with pytest.raises(ValueError, match=r"none of 10 files .* set data\.root"):
-        loader_of(run_config(vp9_list, root=str(tmp_path)))
+        loader_of(data_setup(vp9_list, root=str(tmp_path)))
 
 
 def test_a_closed_loader_stops(vp9_list):
-    loader = loader_of(run_config(vp9_list))
+    loader = loader_of(data_setup(vp9_list))
     batches = loader.batches(0)
     next(batches)
     loader.close()

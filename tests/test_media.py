@@ -15,7 +15,7 @@ import torch
 from numbered_videos import encode
 from packet_changes import at_times
 from PIL import Image
-from video_files import loader_of, real_clips, run_config, take, write_list, write_mixed_list, write_video
+from video_files import data_setup, loader_of, real_clips, take, write_list, write_mixed_list, write_video
 from video_kinds import X264, X264_B, coded, moved
 
 from mvd_fast.data import media, sampling
@@ -35,14 +35,14 @@ def mixed_list(tmp_path_factory) -> Path:
 def oracle(config, path, index, epoch=0):
     """The same clip by PyAV, Pillow and NumPy: uint8-rounded resize, then normalised; float32 [3, T, H, W]."""
     key, info = SampleKey(config.seed, epoch, index), media.probe_video(str(path))
-    frames = sampling.random_clip(key, info.frames, config.model.num_frames, config.data.sampling_rate)
-    size = config.model.image_size
+    frames = sampling.random_clip(key, info.frames, config.request.num_frames, config.data.sampling_rate)
+    size, crop = config.request.image_size, config.data.crop
     draws = key.draws(sampling.Purpose.CROP)
-    if config.data.crop == "multiscale":
-        box = sampling.multi_scale_box(draws, info.width, info.height, size, config.data.scales)
+    if crop.kind == "multiscale":
+        box = sampling.multi_scale_box(draws, info.width, info.height, size, crop.scales)
     else:
-        box = sampling.random_resized_box(draws, info.width, info.height, config.data.area)
-    method = Image.Resampling.BILINEAR if config.data.crop == "multiscale" else Image.Resampling.BICUBIC
+        box = sampling.random_resized_box(draws, info.width, info.height, crop.area)
+    method = Image.Resampling.BILINEAR if crop.kind == "multiscale" else Image.Resampling.BICUBIC
     with av.open(str(path)) as container:
         decoded = [
             frame.to_ndarray(format="rgb24", width=info.width, interpolation=COLOUR_CONVERSION)  # pixels become square
@@ -74,7 +74,7 @@ def test_clips_equal_an_oracle_without_dali(mixed_list, options):
     DALI's filter weights differ from Pillow's in the last bits and, in a few pixels where the bicubic filter overshoots
     or is cut by the border, by some levels: half a level on average, 24 at most.
     """
-    config = run_config(mixed_list, batch=10, **options)
+    config = data_setup(mixed_list, **options)
     with closing(loader_of(config, micro=10)) as loader:
         batch = next(loader.batches(0))
         names = loader.names(batch["index"])
@@ -87,7 +87,7 @@ def test_clips_equal_an_oracle_without_dali(mixed_list, options):
 
 
 def test_frame_kind_shows_single_frames_of_videos(mixed_list):
-    config = run_config(mixed_list, batch=10, kind="frame", crop="center")
+    config = data_setup(mixed_list, kind="frame", crop="center")
     batch = take(config, 1, micro=10)[0]
     assert batch["image"].shape == (10, 3, 32, 32) and batch["mask"].shape == (10, 16)
     files = mixed_list.read_text().splitlines()
@@ -124,7 +124,7 @@ def image_folder(tmp_path_factory) -> Path:
 
 
 def test_image_kind_equals_pillow(image_folder):
-    config = run_config(image_folder, batch=12, kind="image", crop="random_resized", flip=0.5, mask_ratio=0.75)
+    config = data_setup(image_folder, kind="image", crop="random_resized", flip=0.5, mask_ratio=0.75)
     with closing(loader_of(config, micro=12)) as loader:
         batch = next(loader.batches(0))
         names = loader.names(batch["index"])
@@ -142,7 +142,7 @@ def test_image_kind_equals_pillow(image_folder):
 
 def test_real_h264_clips_decode():
     clips = real_clips()
-    config = run_config(clips[0].parent, batch=4)
+    config = data_setup(clips[0].parent)
     batch = take(config, 1)[0]
     assert sorted(batch["index"].tolist()) == [0, 1, 2, 3]
     for video, index in zip(batch["video"], batch["index"].tolist(), strict=True):
@@ -157,7 +157,7 @@ def test_dali_and_pyav_decode_the_same_colours(tmp_path, ending):
     """Bit for bit, so that a file DALI refuses can be decoded by PyAV without changing what a run sees."""
     path = write_video(tmp_path / f"square_{ending}", 20, 32, 32)
     listed = write_list(tmp_path / f"square_{ending}.txt", [path.name])
-    config = run_config(listed, batch=1, crop="center", mean=(0, 0, 0), std=(1, 1, 1))
+    config = data_setup(listed, crop="center", mean=(0, 0, 0), std=(1, 1, 1))
     with closing(loader_of(config, micro=1)) as loader:
         by_dali = next(loader.batches(0))["video"]
     with closing(loader_of(config, micro=1)) as loader:
@@ -248,7 +248,7 @@ def test_sound_that_begins_late_is_no_truncation(name, tmp_path):
 
 def test_a_frame_past_the_end_is_an_error_and_not_memory_that_nobody_wrote(tmp_path):
     path = write_video(tmp_path / "short_vp9.webm", 20)
-    config = run_config(write_list(tmp_path / "list.txt", [path.name]), batch=1)
+    config = data_setup(write_list(tmp_path / "list.txt", [path.name]))
     source, spec = build_source(config, torch.device("cpu"), 1)
     sample = source.sample(SampleKey(0, 0, 0))
     beyond = sample.inputs._replace(frames=np.full(8, 25, dtype=np.int32))

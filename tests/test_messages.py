@@ -19,7 +19,7 @@ import torch
 
 from mvd_fast import cli
 from mvd_fast.arguments import add_train_arguments
-from mvd_fast.config_file import list_recipes, load_config
+from mvd_fast.config.load import list_recipes, load_config
 from mvd_fast.errors import UserError
 from mvd_fast.training import deepspeed_start, launch, messages
 
@@ -64,7 +64,7 @@ def test_a_run_says_what_it_starts_its_first_loss_and_what_it_left(inputs: Path,
     facts = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
     assert facts["data"] == f"16 videos of {inputs / 'train.txt'}"
     assert facts["ranks"].startswith("1 on the CPU (") and facts["ranks"].endswith("; fp32, ZeRO 0")
-    assert facts["network"] == "student, 0.0675 M parameters trained"
+    assert facts["network"] == "distill, 0.0675 M parameters trained"
     assert facts["batch"] == "8 = micro batch 8 x accumulation 1 x 1 rank"
     assert facts["schedule"] == "2 epochs of 2 steps: 4 steps" and facts["start"] == "from scratch"
     assert any(line.startswith("tiny 1/4 eta ") and " loss " in line for line in lines)
@@ -123,15 +123,21 @@ def test_ctrl_c_of_several_ranks_saves_and_shows_no_traceback(inputs: Path, tmp_
 # ---- what a user got wrong ----
 
 
+def classifier(inputs: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """A run that fine-tunes; `changes` replace whole sections."""
+    content = tiny_runs.config(inputs, folder / "run", task="classify")
+    for name in ("targets", "decoder", "mask"):
+        del content[name]
+    content["model"] = {**tiny_runs.ENCODER, **tiny_runs.CLIP, "num_classes": 80}
+    content["data"] |= {"kind": "labelled"}
+    return content | changes
+
+
 def test_what_all_ranks_find_is_said_once_before_deepspeed_starts(inputs: Path, tmp_path: Path) -> None:
     """A label that no class has, in a list for validation."""
     (tmp_path / "val.txt").write_text(f"{inputs / 'train' / '00000.webm'} 80\n")
-    model = {"kind": "classifier", **tiny_runs.ENCODER, **tiny_runs.CLIP, "num_classes": 80}
-    file = config_file(
-        inputs, tmp_path, model=model, objective={"kind": "classification"}, teachers={},
-        data={"kind": "labelled", "train": str(inputs / "train.txt"), "sampling_rate": 1},
-        evaluation={"list": str(tmp_path / "val.txt")}, deepspeed={},
-    )  # fmt: skip
+    content = classifier(inputs, tmp_path, evaluation={"list": str(tmp_path / "val.txt")}, deepspeed={})
+    file = tiny_runs.write_config(tmp_path / "c.json", content)
     no_deepspeed = "import sys; sys.modules['deepspeed'] = None; from mvd_fast.train import main; sys.exit(main())"
     ranks = tiny_runs.start_ranks([sys.executable, "-c", no_deepspeed, "--config", str(file)])
     said = [tiny_runs.finish(process) for process in ranks]
@@ -237,7 +243,7 @@ def test_a_dry_run_checks_loads_one_batch_and_leaves_nothing(
     assert "mvd-fast: error: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["distillation", "classification"])
+@pytest.mark.parametrize("kind", ["distill", "classify"])
 def test_memory_of_a_dry_run_is_what_the_planner_says(inputs: Path, tmp_path: Path, kind: str) -> None:
     """For pre-training, where both know the batch; for a classifier, the more the larger the batch is."""
     from mvd_fast.planning.gpus import find_gpu
@@ -245,17 +251,13 @@ def test_memory_of_a_dry_run_is_what_the_planner_says(inputs: Path, tmp_path: Pa
     from mvd_fast.planning.preview import memory_bytes
     from mvd_fast.training.prepare import prepare
 
-    changes: dict[str, Any] = {}
-    if kind == "classification":
-        model = {"kind": "classifier", **tiny_runs.ENCODER, **tiny_runs.CLIP, "num_classes": 80}
-        data = {"kind": "labelled", "train": str(inputs / "train.txt"), "sampling_rate": 1}
-        changes = {"model": model, "objective": {"kind": kind}, "teachers": {}, "data": data}
-    config = load_config(str(config_file(inputs, tmp_path, **changes)))
+    content = classifier(inputs, tmp_path) if kind == "classify" else tiny_runs.config(inputs, tmp_path / "run")
+    config = load_config(str(tiny_runs.write_config(tmp_path / "c.json", content)))
     run = prepare(config, ALONE)
     batch = next(run.loader.batches(0))
     run.loader.close()
     found = memory_bytes(run, batch)
-    if kind == "distillation":
+    if kind == "distill":
         assert found == Plan(config, find_gpu("h100"), 1, 16, "").peak_bytes(0)
     else:
         half = {name: value[:4] for name, value in batch.items()}
@@ -268,7 +270,7 @@ def test_memory_of_a_dry_run_is_what_the_planner_says(inputs: Path, tmp_path: Pa
 @pytest.mark.parametrize("recipe", [name for name in list_recipes() if not name.startswith("demo/")])
 def test_what_comes_next_can_be_given(recipe: str) -> None:
     """The command is one, its recipe exists, and its settings are settings of it."""
-    command = messages.next_command(load_config(recipe, ["run_dir=runs/mine"]))
+    command = load_config(recipe).next_command("runs/mine")
     program, name, *words = command.split()
     assert program == "mvd-fast" and name in cli.COMMANDS and "runs/mine" in command
     if "--config" in words:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from test_lists import ODD_NAMES
-from video_files import loader_of, run_config, write_video
+from video_files import data_setup, loader_of, write_video
 
 from mvd_fast.data.check import check_list
 from mvd_fast.data.index import load_index
@@ -65,7 +65,7 @@ def test_check_index_and_quarantine_keep_every_name(dataset):
 
 def test_training_shows_every_file_and_leaves_out_the_quarantine(dataset, caplog):
     check_list(dataset)
-    with closing(loader_of(run_config(dataset, batch=4))) as loader, caplog.at_level(logging.WARNING):
+    with closing(loader_of(data_setup(dataset))) as loader, caplog.at_level(logging.WARNING):
         batches = list(itertools.islice(loader.batches(0), 2 * loader.updates_per_epoch))
         shown = {os.path.basename(name) for batch in batches for name in loader.names(batch["index"])}
     assert not loader.bad_files and loader.replaced
@@ -76,7 +76,7 @@ def test_training_shows_every_file_and_leaves_out_the_quarantine(dataset, caplog
 def test_warnings_of_bad_files_are_one_line_each(dataset, caplog):
     if os.path.exists(quarantine_path(dataset)):
         os.unlink(quarantine_path(dataset))
-    with closing(loader_of(run_config(dataset, batch=4, max_bad_share=1.0))) as loader:
+    with closing(loader_of(data_setup(dataset, max_bad_share=1.0))) as loader:
         with caplog.at_level(logging.WARNING):
             list(itertools.islice(loader.batches(0), loader.updates_per_epoch))
         found = broken(loader.bad_files)
@@ -137,7 +137,7 @@ def test_a_quarantine_of_the_earlier_form_is_not_passed_over(tmp_path):
     old = tmp_path / "list.txt.quarantine.txt"
     old.write_text(f"# comment\n{tmp_path}/b_vp9.webm\tbroken\n")
     with pytest.raises(ListError, match=r"quarantine\.txt is of a form .* run `mvd-fast data check .*list\.txt` again"):
-        loader_of(run_config(listed, batch=2))
+        loader_of(data_setup(listed))
     check_list(str(listed))
     assert not old.exists() and list(read_quarantine(str(listed))) == [str(tmp_path / "b_vp9.webm")]
 

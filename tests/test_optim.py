@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvd_fast.config import OptimConfig
+from mvd_fast.config.run import OptimConfig
 from mvd_fast.training.optim import build_optimizer, learning_rate, parameter_groups, set_lr
 
 SCHEDULES = json.loads((Path(__file__).parent / "data" / "recipe_facts.json").read_text())["cosine_schedule"]

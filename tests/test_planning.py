@@ -12,10 +12,9 @@ import tiny_runs
 import torch
 
 from mvd_fast import cli
-from mvd_fast.config_file import list_recipes, load_config
-from mvd_fast.models import build_model
+from mvd_fast.config.load import list_recipes, load_config
 from mvd_fast.planning import step_time
-from mvd_fast.planning.dry_run import LiveBytes, StepBytes, objective_without_memory, step_bytes
+from mvd_fast.planning.dry_run import LiveBytes, StepBytes, step_bytes, task_without_memory
 from mvd_fast.planning.gpus import GPUS, MEASURED
 from mvd_fast.planning.memory import count_parameters, state_bytes
 from mvd_fast.planning.plan import Plan, count_clips
@@ -43,7 +42,7 @@ def test_state_is_what_two_cpu_ranks_hold(tmp_path: Path) -> None:
     for case, measured in json.loads(out.read_text()).items():
         stage, precision, accumulation = case.split("-")
         config = load_config(str(config_file), [f'precision="{precision}"'])
-        counts = count_parameters(build_model(config.model, config.teachers))
+        counts = count_parameters(task_without_memory(config).network)
         state = state_bytes(config, *counts, int(stage), 2, int(accumulation))
         assert state.resident == pytest.approx(measured, rel=0.01), case
 
@@ -69,9 +68,10 @@ def test_live_bytes_counts_what_is_there() -> None:
 
 
 def test_activation_checkpointing_keeps_less() -> None:
-    small = [f"model.{name}={value}" for name, value in {**tiny_runs.ENCODER, **tiny_runs.DECODER}.items()]
+    small = [f"model.{name}={value}" for name, value in tiny_runs.ENCODER.items()]
+    small += [f"decoder.{name}={value}" for name, value in tiny_runs.DECODER.items()]
     small += [
-        f"teachers.{role}.{name}={value}" for role in ("image", "video") for name, value in tiny_runs.ENCODER.items()
+        f"targets.{role}.{name}={value}" for role in ("image", "video") for name, value in tiny_runs.ENCODER.items()
     ]
     small += ["model.depth=8", "model.num_frames=8", "batch.size=4"]
     plain, recomputed = (
@@ -83,7 +83,7 @@ def test_activation_checkpointing_keeps_less() -> None:
 
 def test_constants_are_the_measurements() -> None:
     """What is copied from the result file, and what belongs to its config."""
-    seconds, objective = SECONDS["seconds"], objective_without_memory(load_config(STEP["config"]))
+    seconds, task = SECONDS["seconds"], task_without_memory(load_config(STEP["config"]))
     assert (MEASURED.samples, MEASURED.peak) == (STEP["clips"], pytest.approx(STEP["peaks"]["run"], rel=1e-3))
     assert MEASURED.step == pytest.approx(seconds["total"], rel=1e-3)
     assert MEASURED.teachers == pytest.approx(seconds["image teacher"] + seconds["video teacher"], rel=1e-3)
@@ -91,11 +91,11 @@ def test_constants_are_the_measurements() -> None:
     assert MEASURED.forward == pytest.approx(parts, rel=1e-3)
     assert MEASURED.backward == pytest.approx(seconds["backward"], rel=1e-3)
     assert MEASURED.optimiser == pytest.approx(seconds["optimiser"], rel=1e-3)
-    flop = step_time.flop_by_phase(objective, load_config(STEP["config"]))
-    assert sum(flop.values()) == pytest.approx(objective.flops())
+    flop = step_time.flop_by_phase(task, load_config(STEP["config"]))
+    assert sum(flop.values()) == pytest.approx(task.flops().step)
     teachers = flop["image teacher"] + flop["video teacher"]
     assert teachers == pytest.approx(step_time.MEASURED_TEACHER_FLOP, rel=1e-3)
-    assert count_parameters(objective.model)[0] == pytest.approx(step_time.MEASURED_PARAMETERS, rel=1e-3)
+    assert count_parameters(task.network)[0] == pytest.approx(step_time.MEASURED_PARAMETERS, rel=1e-3)
 
 
 def test_the_measured_step_is_predicted_and_larger_work_is_not_launch_bound() -> None:
@@ -105,17 +105,17 @@ def test_the_measured_step_is_predicted_and_larger_work_is_not_launch_bound() ->
     assert measured.phases[-2].limit == "kernel launches" and large.phases[-2].limit == "arithmetic"
     assert large.step_seconds < 16 * measured.step_seconds
     known = make_plan("vitb_from_vitb", 1, "batch.size=256", share=0.5)
-    assert known.phases[0].seconds == pytest.approx(256 * known.objective.grid[0] * 35e9 / 494.5e12, rel=0.02)
+    assert known.phases[0].seconds == pytest.approx(256 * known.config.model.grid[0] * 35e9 / 494.5e12, rel=0.02)
 
 
 @pytest.mark.parametrize(
     "recipe",
     [
-        ('teachers.image.precision="int8"', 'teachers.video.precision="int8"'),
-        ("data.masks_per_clip=2", "objective.predict_fraction=0.5"),
+        ('targets.image.precision="int8"', 'targets.video.precision="int8"'),
+        ("mask.per_clip=2", "mask.predict_fraction=0.5"),
         ('teachers.cache.path="store"',),
         ("teachers.compile=true",),
-        ("teachers.ahead=true",),
+        ("teachers.prefetch=true",),
     ],
 )
 def test_recipes_are_planned_whole(recipe: tuple[str, ...]) -> None:
@@ -130,7 +130,7 @@ def test_recipes_are_planned_whole(recipe: tuple[str, ...]) -> None:
         assert found[1]["teachers"] == pytest.approx(found[0]["teachers"] / 2, rel=0.05)
     elif "compile" in recipe[0]:
         assert found[1] == found[0]
-    elif "ahead" in recipe[0]:
+    elif "prefetch" in recipe[0]:
         more = {name: found[1][name] - found[0][name] for name in ("kept for backward", "activations, at most")}
         targets = less.batch[0] * 2 * 14 * 14 * (768 + 768) * 2 / 1e9  # this batch's, bf16, which the step holds
         assert more["kept for backward"] == pytest.approx(targets, rel=1e-6)
@@ -139,7 +139,7 @@ def test_recipes_are_planned_whole(recipe: tuple[str, ...]) -> None:
         assert found[1]["step"] < found[0]["step"]
 
 
-@pytest.mark.parametrize("name", [name for name in list_recipes() if "finetune" not in name])
+@pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_has_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All figures but the dry run's; that one is done for other networks above."""
     config = load_config(name)
@@ -148,7 +148,7 @@ def test_every_recipe_has_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(figure.source and figure.kind for figure in figures)
     values = {(figure.section, figure.figure): figure.value for figure in figures}
     assert values["the whole run", "GPU-hours"] == pytest.approx(16 * 24 * values["the whole run", "time"])
-    assert ("target store", "size") in values or config.teachers.image is None
+    assert (("target store", "size") in values) == (config.task == "distill")
 
 
 def test_what_fits_grows_with_the_stage_and_shrinks_the_micro_batch() -> None:
@@ -213,9 +213,12 @@ def test_errors_are_one_sentence(
     assert sentence in error and error.count("\n") == 1
 
 
-def test_fine_tuning_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--config", "finetune/k400_vitb", "--gpus", "8"]) == 2
-    assert "plan knows the pre-training recipes" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["demo/finetune", "demo/ava", "demo/video_teacher", "demo/image_teacher"])
+def test_every_task_is_counted_by_a_dry_run(name: str) -> None:
+    """What a step keeps for backward grows with the batch, but for what does not depend on it."""
+    config = load_config(name)
+    small, large = step_bytes(config, 4), step_bytes(config, 8)
+    assert 0 < small.kept <= small.peak and 1.5 * small.kept < large.kept <= 2 * small.kept
 
 
 @pytest.mark.parametrize("arguments", [["--gpus", "0"], ["--gpus", "8", "--share-of-peak", "40"]])

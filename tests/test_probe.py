@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,44 +17,43 @@ from tiny_runs import CLIP, DECODER, ENCODER
 from video_files import write_video
 
 from mvd_fast import cli
-from mvd_fast.data.kinds.video import VideoKind
+from mvd_fast.data.datasets.video import VideoDataset
 from mvd_fast.data.lists import Entry
 from mvd_fast.downstream import evaluate
 from mvd_fast.downstream.attentive import attentive_scores
-from mvd_fast.downstream.backbone import load_backbone
-from mvd_fast.downstream.frozen import ViewKind, frozen_features
+from mvd_fast.downstream.backbone import Preprocessing, load_backbone
+from mvd_fast.downstream.frozen import UniformViews, frozen_features
 from mvd_fast.downstream.probe import AttentiveSettings, knn_scores, top_k
 from mvd_fast.errors import UserError
 from mvd_fast.interop.convert import convert
-from mvd_fast.models import ImageTeacher, MaskedVideoStudent, VideoClassifier, VideoMAE
+from mvd_fast.models import ClipConfig, DecoderConfig, ImageTeacher, MaskedVideoStudent, VideoClassifier, VideoMAE
 from mvd_fast.models.detector import ActionDetector
 
 CPU = torch.device("cpu")
 HEADS = {"num_heads": ENCODER["num_heads"]}
 
 
-def save_run(folder: Path, model: torch.nn.Module, kind: str) -> Path:
+def save_run(folder: Path, model: torch.nn.Module, task: str, metadata: dict[str, str] | None = None) -> Path:
     """A run folder as the trainer leaves it."""
     folder.mkdir()
-    save_file({name: value.clone() for name, value in model.state_dict().items()}, folder / "model.safetensors")
-    config = {
-        "model": {"kind": kind, **ENCODER, **(CLIP if kind != "mae" else {"num_frames": 1})},
-        "data": {"mean": [0.4] * 3, "std": [0.3] * 3, "sampling_rate": 2},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    said = tiny_runs.said(
+        task, {**ENCODER, **(CLIP if task != "mae" else {})}, mean=[0.4] * 3, std=[0.3] * 3, sampling_rate=2
+    )
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", {**said, **(metadata or {})})
     return folder
 
 
 def student() -> MaskedVideoStudent:
     torch.manual_seed(0)
-    return MaskedVideoStudent(**ENCODER, **CLIP, **DECODER, image_target_dim=16, video_target_dim=16).eval()
+    return MaskedVideoStudent(**ENCODER, **CLIP, **tiny_runs.two_decoders(16, 16)).eval()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student's run, and lists of 24 training and 8 test clips of two classes that differ in brightness."""
     folder = tmp_path_factory.mktemp("probe")
-    save_run(folder / "run", student(), "student")
+    save_run(folder / "run", student(), "distill")
     for split, count in (("train", 24), ("test", 8)):
         lines = []
         for number in range(count):
@@ -69,25 +69,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def expected_tokens(kind: str, model: torch.nn.Module, video: torch.Tensor) -> torch.Tensor:
-    if kind == "student":
+    if kind == "distill":
         return model.encode(video)
     if kind == "videomae":
         return model.encoder(video, normed=True)
-    if kind == "detector":
+    if kind == "detect":
         return model.norm(*model.encode_tubes(video, model.pos_embed))[1]
     frames = video[:, :, ::2].transpose(1, 2)
     each = [model.norm(*model.encode(frame))[1][:, 1:] for frame in frames.unbind(1)]
     return torch.cat(each, 1)
 
 
-@pytest.mark.parametrize("kind", ["student", "videomae", "mae", "detector"])
+@pytest.mark.parametrize("kind", ["distill", "videomae", "mae", "detect"])
 def test_tokens_equal_the_trained_networks(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     model = {
-        "student": student,
-        "videomae": lambda: VideoMAE(**ENCODER, **CLIP, **DECODER),
+        "distill": student,
+        "videomae": lambda: VideoMAE(ClipConfig(**ENCODER, **CLIP), DecoderConfig(**DECODER)),
         "mae": lambda: ImageTeacher(**ENCODER),
-        "detector": lambda: ActionDetector(**ENCODER, **CLIP, num_classes=5),
+        "detect": lambda: ActionDetector(ClipConfig(**ENCODER, **CLIP), 5),
     }[kind]().eval()
     for value in model.parameters():
         value.data += 0.01 * torch.randn_like(value) * value.requires_grad
@@ -99,9 +99,9 @@ def test_tokens_equal_the_trained_networks(tmp_path: Path, kind: str) -> None:
 
 def test_a_classifiers_features_are_what_its_head_sees(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = VideoClassifier(**ENCODER, **CLIP, num_classes=5).eval()
+    model = VideoClassifier(ClipConfig(**ENCODER, **CLIP), 5).eval()
     model.fc_norm.weight.data.uniform_(0.5, 2)
-    backbone, _, description = load_backbone(save_run(tmp_path / "run", model, "classifier"))
+    backbone, _, description = load_backbone(save_run(tmp_path / "run", model, "classify"))
     video = torch.randn(2, 3, 8, 32, 32)
     torch.testing.assert_close(backbone.pool(backbone.tokens(video)), model.features(video).detach())
     assert "5 classes" in description
@@ -111,12 +111,12 @@ def test_a_classifiers_features_are_what_its_head_sees(tmp_path: Path) -> None:
 def test_a_detectors_encoder_keeps_its_final_norm_wherever_it_goes(tmp_path: Path) -> None:
     """From its run, from its file alone, which says nothing but names, and after `convert` to every layout."""
     torch.manual_seed(0)
-    model = ActionDetector(**ENCODER, **CLIP, num_classes=5).eval()
+    model = ActionDetector(ClipConfig(**ENCODER, **CLIP), 5).eval()
     model.norm.weight.data.uniform_(0.5, 2)
-    run = save_run(tmp_path / "run", model, "detector")
+    run = save_run(tmp_path / "run", model, "detect")
     alone = shutil.copy(run / "model.safetensors", tmp_path / "alone.safetensors")
     video = torch.randn(2, 3, 8, 32, 32)
-    expected = expected_tokens("detector", model, video)
+    expected = expected_tokens("detect", model, video)
     sources = [run, Path(alone)]
     for layout, name in (("mvd", "m.safetensors"), ("timm", "t.pth"), ("hf", "h")):
         (line, *_, last) = convert(run, tmp_path / name, layout)
@@ -156,11 +156,12 @@ def test_views_reach_from_the_first_frame_to_the_last_start() -> None:
     class Facts:
         frames = 40
 
-    kind = ViewKind(8, 2, True, None, frozenset(), views=3)
+    clips = Preprocessing(8, 2, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    kind = clips.dataset(UniformViews, views=3)
     key = [type("Key", (), {"epoch": view}) for view in range(3)]
     assert [int(kind.frames(Facts, k)[0]) for k in key] == [0, 12, 24]
-    single = ViewKind(8, 2, True, None, frozenset(), views=1)
-    centre = VideoKind(8, 2, True, None, frozenset())
+    single = clips.dataset(UniformViews, views=1)
+    centre = clips.dataset(VideoDataset)
     np.testing.assert_array_equal(single.frames(Facts, key[0]), centre.frames(Facts, key[0]))
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
-from video_files import loader_of, moving_blocks, run_config, write_broken, write_list, write_video
+from video_files import data_setup, loader_of, moving_blocks, write_broken, write_list, write_video
 
 from mvd_fast.cli import main
-from mvd_fast.config import RunConfig
 from mvd_fast.data import media, sampling, show
+from mvd_fast.data.loader import DataSetup
 from mvd_fast.data.sampling import SampleKey
 from mvd_fast.data.sheet import PAPER, Page, write_sheet
 from mvd_fast.data.show import Shown, decode_file, parse_frames, show_samples
@@ -51,7 +52,7 @@ def in_animation(shown: Shown, panel: int) -> list[np.ndarray]:
     ]
 
 
-def levels(pixels: torch.Tensor, config: RunConfig) -> np.ndarray:
+def levels(pixels: torch.Tensor, config: DataSetup) -> np.ndarray:
     """Normalised [3, T, H, W] as uint8 [T, H, W, 3]."""
     back = pixels.permute(1, 2, 3, 0) * torch.tensor(config.data.std) + torch.tensor(config.data.mean)
     return (back * 255).round().clamp(0, 255).numpy().astype(np.uint8)
@@ -61,7 +62,7 @@ def levels(pixels: torch.Tensor, config: RunConfig) -> np.ndarray:
 
 
 def test_sheets_and_animations_hold_what_the_loader_gives(clips, tmp_path):
-    config, epoch = run_config(clips, batch=1, seed=3, flip=0.5), 2
+    config, epoch = data_setup(clips, seed=3, flip=0.5), 2
     found = list(show_samples(config, 4, epoch, tmp_path))
     assert len({shown.path for shown in found}) == 4
     with closing(loader_of(config, micro=1)) as loader:
@@ -72,8 +73,8 @@ def test_sheets_and_animations_hold_what_the_loader_gives(clips, tmp_path):
             assert shown.path == loader.paths[index] and shown.key == SampleKey(3, epoch, index)
             crop = levels(batch["video"][0], config)
             assert crop.std() > 20 and np.array_equal(on_sheet(shown, 0), crop)
-            mask = tube_mask(3, epoch, torch.tensor([index]), config.model.grid, 0.9).mask[0]
-            pixels = mask.reshape(config.model.grid).repeat_interleave(2, 0)
+            mask = tube_mask(3, epoch, torch.tensor([index]), config.request.masks.grid, 0.9).mask[0]
+            pixels = mask.reshape(config.request.masks.grid).repeat_interleave(2, 0)
             pixels = pixels.repeat_interleave(8, 1).repeat_interleave(8, 2).numpy()
             behind = on_sheet(shown, 1)
             assert (behind[pixels] == show.GREY).all() and np.array_equal(behind[~pixels], crop[~pixels])
@@ -85,7 +86,7 @@ def test_sheets_and_animations_hold_what_the_loader_gives(clips, tmp_path):
 
 
 def test_a_sample_says_who_decoded_it_and_from_what(clips, tmp_path):
-    config = run_config(clips, batch=1, crop="center")
+    config = data_setup(clips, crop="center")
     lines = {Path(shown.path).name: " ".join(shown.page.lines) for shown in show_samples(config, 4, 0, tmp_path)}
     for name, decoder in {
         "0_vp9.webm": "decoded by DALI",
@@ -107,19 +108,19 @@ def test_a_file_dali_fails_on_says_so(clips, tmp_path, monkeypatch):
         return loader
 
     monkeypatch.setattr(show, "_loader", suspicious)
-    (shown,) = show_samples(run_config(clips, batch=1), 1, 0, tmp_path, str(clips.parent / "0_vp9.webm"))
+    (shown,) = show_samples(data_setup(clips), 1, 0, tmp_path, str(clips.parent / "0_vp9.webm"))
     assert any("decoded by PyAV, as DALI fails on it: a reason" in line for line in shown.page.lines)
 
 
 def test_the_same_sample_whenever_and_beside_whatever_it_is_shown(clips, tmp_path):
-    config = run_config(clips, batch=1)
+    config = data_setup(clips)
     longer = list(show_samples(config, 6, 1, tmp_path / "a"))
     assert [shown.key.epoch for shown in longer] == [1, 1, 1, 1, 2, 2]  # a short list goes on with the next epoch
     again = list(show_samples(config, 2, 2, tmp_path / "b"))
     for one, other in zip(longer[4:], again, strict=True):
         assert one.key == other.key and np.array_equal(on_sheet(one, 0), on_sheet(other, 0))
         assert one.animation.read_bytes() == other.animation.read_bytes()
-    others = show_samples(config.model_copy(update={"seed": 1}), 6, 1, tmp_path / "c")
+    others = show_samples(replace(config, seed=1), 6, 1, tmp_path / "c")
     assert [shown.frames for shown in others] != [shown.frames for shown in longer]
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(
         path.name for shown in again for path in (shown.sheet, shown.animation)
@@ -129,7 +130,7 @@ def test_the_same_sample_whenever_and_beside_whatever_it_is_shown(clips, tmp_pat
 def test_bad_files_are_replaced_as_in_training_and_named(tmp_path):
     words = write_broken(tmp_path)
     write_video(tmp_path / "good_h264.mp4")
-    config = run_config(write_list(tmp_path / "list.txt", [*words, *["good_h264.mp4"] * 8]), batch=1)
+    config = data_setup(write_list(tmp_path / "list.txt", [*words, *["good_h264.mp4"] * 8]))
     found = list(show_samples(config, 16, 0, tmp_path / "out"))
     assert {Path(shown.path).name for shown in found} == {"good_h264.mp4"}
     named = [line for shown in found for line in shown.page.lines if line.startswith("in place of")]
@@ -145,36 +146,30 @@ def test_images_and_single_frames(clips, tmp_path):
     folder = tmp_path / "stills"
     folder.mkdir()
     Image.fromarray(moving_blocks(1, 64, 48, 5)[0]).save(folder / "still.png")
-    config = run_config(folder, batch=1, kind="image", crop="random_resized", mask_ratio=0.75)
+    config = data_setup(folder, kind="image", crop="random_resized", mask_ratio=0.75)
     (shown,) = show_samples(config, 1, 0, tmp_path / "out", str(folder / "still.png"))
     with closing(loader_of(config, micro=1)) as loader:
         expected = levels(next(loader.batches(0))["image"][0][:, None], config)
     assert np.array_equal(on_sheet(shown, 0), expected) and shown.frames == [0]
     assert np.array_equal(in_animation(shown, 0), expected)
     assert "decoded by DALI" in shown.page.lines and "4 of 16 patches visible" in shown.page.lines
-    (frame,) = show_samples(run_config(clips, batch=1, kind="frame"), 1, 0, tmp_path / "out")
+    (frame,) = show_samples(data_setup(clips, kind="frame"), 1, 0, tmp_path / "out")
     assert frame.frames == sampling.random_frame(frame.key, media.probe_video(frame.path).frames).tolist()
 
 
 def test_each_of_several_masks_has_a_panel(clips, tmp_path):
-    config = run_config(clips, batch=2, masks_per_clip=2)
+    config = data_setup(clips, masks=2)
     (shown,) = show_samples(config, 1, 0, tmp_path)
     with closing(loader_of(config, micro=2)) as loader:
-        masks = next(loader.batches(0))["mask"][0].reshape(2, *config.model.grid)
+        masks = next(loader.batches(0))["mask"][0].reshape(2, *config.request.masks.grid)
     for panel, mask in enumerate(masks, start=1):
         grey = (on_sheet(shown, panel)[::2, ::8, ::8] == show.GREY).all(-1)
         assert np.array_equal(grey, mask.numpy())
 
 
-def labelled_config(listed: Path, **augment) -> RunConfig:
-    config = run_config(listed, batch=1, kind="video").model_dump()
-    config["model"] |= {"kind": "classifier", "num_classes": 4, **dict.fromkeys(("decoder_dim", "decoder_depth"))}
-    config["data"] |= {"kind": "labelled"}
-    return RunConfig.model_validate(config | {"augment": augment, "objective": {"kind": "classification"}})
-
-
 def test_labelled_clips_show_their_label_and_augmentation_but_no_mask(clips, tmp_path):
-    config = labelled_config(clips, repeats=2, random_erasing=1.0, mixup=0.8)
+    augment = {"repeats": 2, "random_erasing": 1.0, "mixup": 0.8}
+    config = data_setup(clips, kind="labelled", classes=4, augment=augment)
     found = list(show_samples(config, 4, 0, tmp_path))
     assert [shown.key.copy for shown in found] == [0, 1, 0, 1]
     with closing(loader_of(config, micro=4)) as loader:
@@ -185,11 +180,10 @@ def test_labelled_clips_show_their_label_and_augmentation_but_no_mask(clips, tmp
 
 
 def test_boxes_lie_on_the_crop_of_their_clip(clips):
-    config = run_config(clips)
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.25, 0.5, 0.5, 1.0]])
     row = show._row({"video": torch.zeros(2, 3, 1, 32, 32), "boxes": boxes, "box_clip": torch.tensor([0, 1])}, 1)
     crop = np.zeros((1, 32, 32, 3), dtype=np.uint8)
-    drawn = show._overlays(crop, row, config)["boxes"][0].any(-1)
+    drawn = show._overlays(crop, row, None)["boxes"][0].any(-1)
     rows, columns = np.nonzero(drawn)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (16, 31, 8, 15)
     assert not drawn[19:28, 11:13].any()  # an outline, not a patch
@@ -260,7 +254,7 @@ def test_without_a_config_a_recipes_settings_hold(clips, tmp_path, capsys):
 
 def test_a_lone_image_is_shown_by_the_recipe_of_images(tmp_path, capsys):
     Image.fromarray(moving_blocks(1, 40, 30, 1)[0]).save(tmp_path / "still.png")
-    options = ["--samples", "1", "--set", "data.mask_ratio=0.5", "--out", str(tmp_path / "out")]
+    options = ["--samples", "1", "--set", "mask.ratio=0.5", "--out", str(tmp_path / "out")]
     assert main(["data", "show", str(tmp_path / "still.png"), *options]) == 0
     printed = capsys.readouterr().out
     assert "random_resized crop" in printed and "98 of 196 patches visible\n" in printed

@@ -18,11 +18,12 @@ import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
 
-from mvd_fast.config_file import ConfigError, load_config
+from mvd_fast.config.base import ConfigError
+from mvd_fast.config.load import load_config
 from mvd_fast.data.loader import build_loader
-from mvd_fast.objectives import build_objective
-from mvd_fast.targets import build, command
-from mvd_fast.targets.store import StoreError, TargetStore, dequantize, layout, open_targets, quantize
+from mvd_fast.target_store import build, command
+from mvd_fast.target_store.store import StoreError, TargetStore, dequantize, layout, open_targets, quantize
+from mvd_fast.tasks import Task, build_task
 
 CPU = torch.device("cpu")
 CLIPS, VIEWS, BATCH = 20, 2, 4
@@ -33,7 +34,7 @@ STEPS_OF_EPOCH = CLIPS // BATCH
 def write_run(folder: Path, store: Path, inputs: Path, **changes) -> Path:
     """A config file of a run with 3 epochs that stores 2 views; `changes` replace sections."""
     content = tiny_runs.config(inputs, folder / "run", **changes)
-    content["teachers"]["cache"] = {"path": str(store), "views": VIEWS}
+    content["teachers"] = {"cache": {"path": str(store), "views": VIEWS}}
     content["batch"] = {"size": BATCH}
     content["data"] = {"max_bad_share": 0.3, "flip": 0.5, **content["data"]}
     content["optim"]["epochs"] = 3
@@ -75,7 +76,7 @@ def open_store(config_file: Path, *overrides: str) -> TargetStore:
 
 def batches(config_file: Path, epochs: int, *overrides: str) -> list[dict[str, torch.Tensor]]:
     config = load_config(str(config_file), overrides)
-    loader = build_loader(config, 0, 1, CPU, BATCH, 1, open_targets(config, CPU))
+    loader = build_loader(config, 0, 1, CPU, BATCH, 1, open_targets(config, CPU) if config.stored_widths() else None)
     try:
         found = loader.batches(0)
         return [next(found) for _ in range(epochs * STEPS_OF_EPOCH)]
@@ -87,31 +88,33 @@ def contents(store: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.glob("shard-*")}
 
 
-def live_objective(config_file: Path) -> torch.nn.Module:
+def live_task(config_file: Path) -> Task:
     torch.manual_seed(0)
-    return build_objective(build.without_cache(load_config(str(config_file))))
+    return build_task(load_config(str(config_file)).without_cache())
 
 
 # ---- the same training ----
 
 
 def test_batches_hold_the_live_teachers_features(made):
-    objective = live_objective(made.file)
+    task = live_task(made.file)
     for batch in batches(made.file, 1):
-        for live, role in zip(objective.targets(batch["video"]), ("image", "video"), strict=True):
-            cosine = torch.cosine_similarity(live, batch[f"target_{role}"], dim=-1)
+        live = task.with_targets(batch)
+        for name in ("target_image", "target_video"):
+            cosine = torch.cosine_similarity(live[name], batch[name], dim=-1)
             assert cosine.shape == batch["mask"].shape
             assert cosine.min() > 0.999
 
 
 def test_losses_are_the_live_ones_to_within_8_bits(made):
-    live = live_objective(made.file)
+    live = live_task(made.file)
     torch.manual_seed(0)
-    stored = build_objective(load_config(str(made.file)))
-    assert stored.image_teacher is None
-    assert stored.flops() < live.flops()
+    stored = build_task(load_config(str(made.file)))
+    assert not stored.targets
+    assert stored.flops().step < live.flops().step
     for batch in batches(made.file, 1)[:3]:
-        torch.testing.assert_close(stored(batch), live(batch), rtol=2e-3, atol=0)
+        without = {name: value for name, value in batch.items() if not name.startswith("target")}
+        torch.testing.assert_close(stored(batch), live(without), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("spread", [0.02, 1.0, 300.0])
@@ -275,7 +278,7 @@ def test_teachers_that_are_not_finite_are_not_stored(copy):
     weights[name][:] = torch.nan
     save_file(weights, copy.inputs / "image.safetensors")
     shutil.rmtree(copy.store)
-    with pytest.raises(StoreError, match=r"teachers\.image: its features .* are not finite"):
+    with pytest.raises(StoreError, match=r"targets\.image: its features .* are not finite"):
         cache(copy.file)
     assert not contents(copy.store)
 
@@ -287,18 +290,18 @@ def test_other_teacher_weights_are_refused(copy):
     weights = load_file(copy.inputs / "video.safetensors")
     next(iter(weights.values()))[0] += 1
     save_file(weights, copy.inputs / "video.safetensors")
-    with pytest.raises(StoreError, match=r"teachers\.video\.checkpoint was \w+ and is \w+; undo"):
+    with pytest.raises(StoreError, match=r"targets\.video\.checkpoint was \w+ and is \w+; undo"):
         open_store(copy.file)
-    with pytest.raises(StoreError, match=r"teachers\.video\.checkpoint was"):
+    with pytest.raises(StoreError, match=r"targets\.video\.checkpoint was"):
         cache(copy.file)
 
 
 @pytest.mark.parametrize(
     "setting",
     [
-        "data.crop=center",
+        "data.crop.kind=center",
         "data.flip=0.25",
-        "data.sampling_rate=2",
+        "data.clip.sampling_rate=2",
         "seed=1",
         "teachers.cache.views=1",
         "precision=bf16",
@@ -310,7 +313,7 @@ def test_other_settings_are_refused(made, setting):
         open_store(made.file, setting)
 
 
-@pytest.mark.parametrize("setting", ["data.mask_ratio=0.75", "objective.video_weight=0", "optim.base_lr=1e-3"])
+@pytest.mark.parametrize("setting", ["mask.ratio=0.75", "targets.video.weight=0", "optim.base_lr=1e-3"])
 def test_what_does_not_touch_the_targets_may_change(made, setting):
     assert open_store(made.file, setting).bad
 
@@ -328,7 +331,7 @@ def test_another_format_is_refused(copy):
     manifest = json.loads((copy.store / "manifest.json").read_text())
     manifest["identity"]["format"] = 0
     (copy.store / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(StoreError, match="format was 0 and is 1"):
+    with pytest.raises(StoreError, match="format was 0 and is 2"):
         open_store(copy.file)
 
 
@@ -369,8 +372,7 @@ def test_no_store_at_all(made, tmp_path):
     ("settings", "sentence"),
     [
         (["teachers.cache.views=4"], "4 views are more than the 3 epochs"),
-        (["data.crop=center", "data.clip=center", "data.flip=0"], "all 2 views are the same"),
-        (["objective.kind=pixel", "model.kind=videomae"], "objective 'pixel' has no teachers to store"),
+        (["data.crop=center", "data.clip.kind=center", "data.flip=0"], "all 2 views are the same"),
     ],
 )
 def test_configs_that_make_no_sense(made, settings, sentence):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_runs
 
-from mvd_fast.config import RunConfig
+from mvd_fast.tasks.distill import Config
 from mvd_fast.training.engine import deepspeed_config
 from mvd_fast.training.trainer import step_seed
 
@@ -17,7 +17,7 @@ from mvd_fast.training.trainer import step_seed
 def test_bf16_gradients_are_summed_in_fp32(tmp_path, precision, accumulation, stage, expected) -> None:
     content = tiny_runs.config(tmp_path, tmp_path, precision=precision)
     content["deepspeed"] = {"zero_optimization": {"stage": stage}, "wall_clock_breakdown": True}
-    told = deepspeed_config(RunConfig.model_validate(content), micro_batch_size=2, grad_accum_steps=accumulation)
+    told = deepspeed_config(Config.model_validate(content), micro_batch_size=2, grad_accum_steps=accumulation)
     assert told.get("data_types", {}).get("grad_accum_dtype") == expected
     assert told["wall_clock_breakdown"] and told["gradient_clipping"] == 0.0
     assert told["bf16"] == {"enabled": precision == "bf16" and stage > 0}  # stage 0: MasterAdamW's

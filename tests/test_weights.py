@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mvd_fast.config import ModelConfig, TeacherConfig
+from mvd_fast.config.network import ClipConfig, DecoderConfig, ViTConfig
 from mvd_fast.interop.weights import WeightsError, load_into, read_weights
 from mvd_fast.models import ImageTeacher, MaskedAutoencoder, VideoMAE
-from mvd_fast.teachers import build_teacher
+from mvd_fast.targets import build_target, mae, videomae
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 ENCODER = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
-CLIP = {"num_frames": 8, "tubelet_size": 2}
+DECODER = DecoderConfig(dim=32, depth=1, num_heads=2)
+CLIP = ClipConfig(**ENCODER, num_frames=8, tubelet_size=2)
 
 
 class Payload:
@@ -78,18 +78,18 @@ def test_misfits_are_listed() -> None:
 
 def test_teachers_take_pre_training_checkpoints(tmp_path: Path) -> None:
     """Stage 1 writes encoder and decoder; the teachers take the encoder, and regenerate positions."""
-    model = ModelConfig(kind="student", **ENCODER, **CLIP, **DECODER)
-    mae, videomae = MaskedAutoencoder(**ENCODER, **DECODER), VideoMAE(**ENCODER, **CLIP, **DECODER)
-    state = mae.state_dict() | {"pos_embed": torch.full_like(mae.pos_embed, 7.0)}
+    autoencoder, video_mae = MaskedAutoencoder(ViTConfig(**ENCODER), DECODER), VideoMAE(CLIP, DECODER)
+    state = autoencoder.state_dict() | {"pos_embed": torch.full_like(autoencoder.pos_embed, 7.0)}
     torch.save({"model": state}, tmp_path / "mae.pth")
-    save_file(videomae.state_dict(), tmp_path / "videomae.safetensors")
-    image = build_teacher(TeacherConfig(kind="mae", checkpoint=str(tmp_path / "mae.pth"), **ENCODER), model)
+    save_file(video_mae.state_dict(), tmp_path / "videomae.safetensors")
+    image = build_target(mae.Config(checkpoint=str(tmp_path / "mae.pth"), **ENCODER), CLIP, "fp32")
     path = str(tmp_path / "videomae.safetensors")
-    video = build_teacher(TeacherConfig(kind="videomae", checkpoint=path, **ENCODER), model)
+    video = build_target(videomae.Config(checkpoint=path, **ENCODER), CLIP, "fp32")
     x = torch.randn(2, 3, 8, 32, 32)
-    mae.eval()
-    assert torch.equal(image(x[:, :, 0]), mae.encode(x[:, :, 0]).sum()[:, 1:])
-    assert torch.equal(video(x), videomae.eval().encoder(x))
+    autoencoder.eval()
+    expected = [autoencoder.encode(x[:, :, 2 * slice]).sum()[:, 1:] for slice in range(4)]
+    torch.testing.assert_close(image(x), torch.cat(expected, 1))
+    assert torch.equal(video(x), video_mae.eval().encoder(x))
     assert not image.training and not any(p.requires_grad for p in [*image.parameters(), *video.parameters()])
 
 

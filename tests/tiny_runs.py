@@ -13,12 +13,25 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from mvd_fast.interop.storage import RUN
 from mvd_fast.models import ImageTeacher, VideoTeacher
 
 ENCODER = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+DECODER = {"dim": 32, "depth": 1, "num_heads": 2}
 CLIP = {"num_frames": 8, "tubelet_size": 2}
 TIMEOUT = 500  # seconds; a run takes about ten on quiet cores
+
+
+def two_decoders(image_target_dim: int = 32, video_target_dim: int = 32, **sizes: int) -> dict[str, int]:
+    """Those of MVD's student, by the names of its constructor's arguments."""
+    sizes = {**DECODER, **sizes}
+    named = {"decoder_dim": sizes["dim"], "decoder_depth": sizes["depth"], "decoder_heads": sizes["num_heads"]}
+    return {**named, "image_target_dim": image_target_dim, "video_target_dim": video_target_dim}
+
+
+def said(task: str, model: dict[str, Any], **data: Any) -> dict[str, str]:
+    """Metadata of a run's weights."""
+    return {RUN: json.dumps({"task": task, "model": model, "data": data})}
 
 
 def write_inputs(folder: Path, clips: int = 40) -> Path:
@@ -35,17 +48,25 @@ def write_inputs(folder: Path, clips: int = 40) -> Path:
 
 def config(inputs: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """A distillation run of 2 epochs of 5 updates of 8 clips, every loss logged; `changes` replace whole sections."""
-    teachers = {
-        role: {"kind": kind, "checkpoint": str(inputs / f"{role}.safetensors"), **ENCODER}
-        for role, kind in (("image", "mae"), ("video", "videomae"))
-    }
+    targets = [
+        {"kind": kind, "checkpoint": str(inputs / f"{name}.safetensors"), **ENCODER}
+        for name, kind in (("image", "mae"), ("video", "videomae"))
+    ]
     base = {
+        "task": "distill",
         "name": "tiny",
         "run_dir": str(run_dir),
         "precision": "fp32",
-        "model": {"kind": "student", **ENCODER, **CLIP, **DECODER, "drop_path": 0.0},
-        "teachers": teachers,
-        "data": {"train": str(inputs / "train.txt"), "sampling_rate": 1, "mask_ratio": 0.6, "threads": 1},
+        "model": {**ENCODER, **CLIP, "drop_path": 0.0},
+        "decoder": DECODER,
+        "targets": targets,
+        "mask": {"ratio": 0.6},
+        "data": {
+            "kind": "video",
+            "train": str(inputs / "train.txt"),
+            "clip": {"kind": "random", "sampling_rate": 1},
+            "threads": 1,
+        },
         "batch": {"size": 8},
         "optim": {"base_lr": 0.03, "epochs": 2, "warmup_epochs": 1},
         "log": {"every": 1, "tensorboard": False},

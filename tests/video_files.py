@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from mvd_fast.config import RunConfig
+from mvd_fast.config.kinds import DATASETS, kind_module
+from mvd_fast.config.run import DataRequest, Masks
 from mvd_fast.data import build_loader
+from mvd_fast.data.augment import AugmentConfig
+from mvd_fast.data.loader import DataSetup
 
 CPU = torch.device("cpu")
 
@@ -103,21 +106,31 @@ def _payload(mp4: bytes) -> tuple[int, int]:
     return at + 4, at - 4 + size
 
 
-def run_config(train: Path | str, batch: int = 4, seed: int = 0, **data) -> RunConfig:
-    """A small run on `train`: 8 frames of 32 px, patch 8; `data` overrides fields of DataConfig."""
-    frames, tubelet = (8, 2) if data.get("kind", "video") == "video" else (1, 1)
-    shape = {"image_size": 32, "patch_size": 8, "num_frames": frames, "tubelet_size": tubelet}
-    widths = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
-    return RunConfig.model_validate(
-        {
-            "name": "test",
-            "seed": seed,
-            "model": {**shape, **widths},
-            "data": {"train": str(train), "sampling_rate": 2, **data},
-            "batch": {"size": batch},
-            "optim": {"epochs": 1, "warmup_epochs": 0},
-        }
-    )
+def data_setup(
+    train: Path | str,
+    seed: int = 0,
+    kind: str = "video",
+    *,
+    size: int = 32,
+    sampling_rate: int = 2,
+    mask_ratio: float = 0.9,
+    masks: int = 1,
+    classes: int | None = None,
+    augment: dict | None = None,
+    **settings,
+) -> DataSetup:
+    """8 frames (or an image) in patches of 8; masks, where there are no classes. `settings`: the dataset's."""
+    config = kind_module(DATASETS, kind).Config
+    if "clip" in config.model_fields:
+        settings = {"clip": {"kind": "random", "sampling_rate": sampling_rate}, **settings}
+    if kind == "ava":
+        settings |= {"sampling_rate": sampling_rate}
+    data = config.model_validate({"train": str(train), **settings})
+    frames = 8 if "video" in data.gives else 1
+    grid = frames // 2 or 1, size // 8, size // 8
+    asked = Masks(grid, mask_ratio, masks) if classes is None else None
+    recipe = AugmentConfig.model_validate(augment or {})
+    return DataSetup(data, DataRequest(data.gives, size, frames, asked, classes, recipe, recipe.repeats), seed)
 
 
 def write_mixed_list(folder: Path) -> Path:

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from mvd_fast.config_file import load_config
+from mvd_fast.config.load import load_config
 from mvd_fast.training import launch
 from mvd_fast.training.prepare import prepare
 from mvd_fast.training.trainer import Trainer

@@ -6,14 +6,21 @@ the definition that the others are tested against. `use_impl` forces one of them
 
 from __future__ import annotations
 
-from mvd_kernels._dispatch import implementation, operators, use_impl
-from mvd_kernels.add_layer_norm import AddLayerNorm, add_layer_norm
-from mvd_kernels.attention import attention
-from mvd_kernels.embed_visible_tubes import embed_visible_tubes
-from mvd_kernels.linear_8bit import Linear8bit, QuantizedWeight, linear_8bit, quantize_weight
-from mvd_kernels.linear_smooth_l1 import linear_smooth_l1
-from mvd_kernels.scatter_mask_tokens import scatter_mask_tokens
-from mvd_kernels.tube_mask import TubeMask, masked_per_slice, tube_mask
+import sys
+from pathlib import Path
+
+# Operators of others: modules in folders mvd_kernels/ on Python's path beside no other mvd_kernels.
+_folders = (Path(entry) / "mvd_kernels" for entry in sys.path)
+__path__ += [str(folder) for folder in _folders if folder.is_dir() and not (folder / "__init__.py").is_file()]
+
+from mvd_kernels._dispatch import implementation, operators, use_impl  # noqa: E402
+from mvd_kernels.add_layer_norm import AddLayerNorm, add_layer_norm  # noqa: E402
+from mvd_kernels.attention import attention  # noqa: E402
+from mvd_kernels.embed_visible_tubes import embed_visible_tubes  # noqa: E402
+from mvd_kernels.linear_8bit import Linear8bit, QuantizedWeight, linear_8bit, quantize_weight  # noqa: E402
+from mvd_kernels.linear_smooth_l1 import linear_smooth_l1  # noqa: E402
+from mvd_kernels.scatter_mask_tokens import scatter_mask_tokens  # noqa: E402
+from mvd_kernels.tube_mask import TubeMask, masked_per_slice, tube_mask  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,7 +1,6 @@
-"""Augmentation of labelled clips: what is done to a sample, as pure functions of its key, and the doing.
+"""Augmentation of labelled clips: its settings, what is done to a sample as pure functions of its key, and the doing.
 
-RandAugment happens inside the DALI pipeline, before the crop, with `nvidia.dali.auto_aug`'s operations; random erasing
-and mixing on finished batches.
+RandAugment is done by DALI before the crop (mvd_fast/data/graph.py); random erasing and mixing on finished batches.
 """
 
 from __future__ import annotations
@@ -10,52 +9,63 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from nvidia.dali import fn
-from nvidia.dali.auto_aug import augmentations as dali
-from nvidia.dali.auto_aug.core import augmentation, signed_bin
-from nvidia.dali.pipeline import DataNode
+from pydantic import Field, PositiveInt
 
-from mvd_fast.config import AugmentConfig, RandAugmentConfig
+from mvd_fast.config.base import Strict
 from mvd_fast.data.sampling import Box, Purpose, SampleKey
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class RandAugmentConfig(Strict):
+    """RandAugment (Cubuk et al. 2020) with timm's increasing severities, the same for all frames of a clip."""
+
+    layers: int = Field(0, ge=0, description="operations drawn per sample, each done with probability 1/2; 0: none")
+    magnitude: float = Field(7.0, ge=0.0, le=10.0, description="mean severity, of 10")
+    deviation: float = Field(0.5, ge=0.0, description="standard deviation of the severity")
+
+
+class AugmentConfig(Strict):
+    """What fine-tuning does to labelled clips besides crop and flip; all off by default."""
+
+    repeats: PositiveInt = Field(1, description="differently augmented copies of each clip in a batch")
+    rand_augment: RandAugmentConfig = RandAugmentConfig()
+    random_erasing: float = Field(0.0, ge=0.0, le=1.0, description="probability that a box is filled with noise")
+    mixup: float = Field(0.0, ge=0.0, le=2.0, description="alpha of the beta distribution; 0: none")
+    cutmix: float = Field(0.0, ge=0.0, le=2.0, description="alpha of the beta distribution; 0: none")
+    mix_probability: float = Field(1.0, ge=0.0, le=1.0, description="that a micro batch is mixed")
+    cutmix_probability: float = Field(0.5, ge=0.0, le=1.0, description="that it is cutmix where both are on")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="share of the target spread over all classes")
+
+    @property
+    def mixes(self) -> bool:
+        return bool(self.mixup or self.cutmix)
+
 
 # ---- RandAugment ----
 
 LEVELS = np.linspace(0.0, 1.0, 101, dtype=np.float32)  # severities, in steps of 0.1 of timm's 10
 OPERATION_PROBABILITY = 0.5
 
-
-# These two as in auto_aug, which calls them by names that DALI has deprecated.
-@augmentation
-def _equalize(data: DataNode, _: None) -> DataNode:
-    return fn.equalize(data)
-
-
-@augmentation(mag_range=(0, 0.9), randomly_negate=True, mag_to_param=dali.sharpness_kernel, param_device="auto")
-def _sharpness(data: DataNode, kernel: DataNode) -> DataNode:
-    return fn.filter(data, kernel)
-
-
-# timm's 15 operations and their ranges from severity 0 to 10 ("increasing"), done by DALI.
-OPERATIONS = (
-    dali.auto_contrast,
-    _equalize,
-    dali.invert,
-    dali.rotate.augmentation(mag_range=(0, 30)),
-    dali.posterize.augmentation(mag_range=np.maximum(4 - np.floor(4 * LEVELS), 1)),
-    dali.solarize.augmentation(mag_range=256 - np.floor(256 * LEVELS)),
-    dali.solarize_add.augmentation(mag_range=np.floor(110 * LEVELS)),
-    dali.color.augmentation(mag_range=(0, 0.9)),
-    dali.contrast.augmentation(mag_range=(0, 0.9)),
-    dali.brightness.augmentation(mag_range=(0, 0.9)),
-    _sharpness,
-    dali.shear_x.augmentation(mag_range=(0, 0.3)),
-    dali.shear_y.augmentation(mag_range=(0, 0.3)),
-    dali.translate_x.augmentation(mag_range=(0, 0.45)),
-    dali.translate_y.augmentation(mag_range=(0, 0.45)),
-)
+# timm's 15 operations by the names of `nvidia.dali.auto_aug`, and their ranges from severity 0 to 10 ("increasing").
+OPERATIONS = {
+    "auto_contrast": None,
+    "equalize": None,
+    "invert": None,
+    "rotate": (0, 30),
+    "posterize": np.maximum(4 - np.floor(4 * LEVELS), 1),
+    "solarize": 256 - np.floor(256 * LEVELS),
+    "solarize_add": np.floor(110 * LEVELS),
+    "color": (0, 0.9),
+    "contrast": (0, 0.9),
+    "brightness": (0, 0.9),
+    "sharpness": (0, 0.9),
+    "shear_x": (0, 0.3),
+    "shear_y": (0, 0.3),
+    "translate_x": (0, 0.45),
+    "translate_y": (0, 0.45),
+}
 
 
 def draw_operations(key: SampleKey, recipe: RandAugmentConfig) -> np.ndarray:
@@ -67,37 +77,6 @@ def draw_operations(key: SampleKey, recipe: RandAugmentConfig) -> np.ndarray:
         level = round(10 * min(10.0, max(0.0, draws.normal(recipe.magnitude, recipe.deviation))))
         rows.append((operation if done else len(OPERATIONS), level, draws.below(2)))
     return np.array(rows or [(0, 0, 0)], dtype=np.int32)
-
-
-def apply_operations(pixels: DataNode, operations: DataNode, shape: DataNode, layers: int, fill: float) -> DataNode:
-    """uint8 FHWC -> the same, each sample's operations one after the other, the same for all of its frames.
-
-    `shape`: height and width of the frames [2]. `fill`: grey of what was outside of the frame.
-    """
-    for layer in range(layers):
-        severity = signed_bin(operations[layer, 1], operations[layer, 2])
-        pixels = _one_of(pixels, operations[layer, 0], 0, len(OPERATIONS) + 1, severity, shape, fill)
-    return pixels
-
-
-def _one_of(
-    pixels: DataNode, chosen: DataNode, first: int, stop: int, severity: object, shape: DataNode, fill: float
-) -> DataNode:
-    """Operation number `chosen` of those from `first` to `stop`, found by halving: DALI splits the batch at each if."""
-    if stop - first == 1:
-        if first == len(OPERATIONS):
-            done = pixels
-        else:
-            done = OPERATIONS[first](
-                pixels, magnitude_bin=severity, num_magnitude_bins=len(LEVELS), shape=shape, fill_value=fill
-            )
-    else:
-        middle = (first + stop) // 2
-        if chosen < middle:
-            done = _one_of(pixels, chosen, first, middle, severity, shape, fill)
-        else:
-            done = _one_of(pixels, chosen, middle, stop, severity, shape, fill)
-    return done
 
 
 # ---- random erasing ----
@@ -149,7 +128,7 @@ class Mix(NamedTuple):
 def draw_mix(key: SampleKey, recipe: AugmentConfig, size: int) -> Mix:
     """The mixing of the micro batch whose first sample is `key`'s."""
     draws = key.draws(Purpose.MIX)
-    if not (recipe.mixup or recipe.cutmix) or draws.uniform() >= recipe.mix_probability:
+    if not recipe.mixes or draws.uniform() >= recipe.mix_probability:
         return Mix()
     cuts = recipe.cutmix and (not recipe.mixup or draws.uniform() < recipe.cutmix_probability)
     share = draws.beta(recipe.cutmix if cuts else recipe.mixup)

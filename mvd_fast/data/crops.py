@@ -1,85 +1,76 @@
-"""Crop, resize, flip and normalise: the box is chosen in the source, the pixels are handled in the pipeline."""
+"""What is cut out of a frame: ways to choose the box, with their settings. It is then resized to the input's size."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import DataNode
+from pydantic import Field, PositiveFloat, SerializeAsAny
 
-from mvd_fast.config import RunConfig
+from mvd_fast.config.base import Strict
+from mvd_fast.config.kinds import OfKind
+from mvd_fast.config.run import DataConfig
 from mvd_fast.data import sampling
-from mvd_fast.data.kinds import Inputs
-from mvd_fast.data.sampling import Box, Purpose, SampleKey
+from mvd_fast.data.sampling import Box, Draws
 
 
-@dataclass(frozen=True)
-class Crop:
-    """The crop of a run; `mode` is one of DataConfig.crop's."""
+class CropKind(Strict):
+    """One way to choose the box."""
 
-    mode: str
-    size: int
-    scales: tuple[float, ...]
-    area: tuple[float, float]
-    flip: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    kind: str
+    is_random: ClassVar[bool] = True
+    bicubic: ClassVar[bool] = False  # how the box is resized; else bilinear
 
-    def box(self, key: SampleKey, width: int, height: int) -> Box:
-        """Where this sample is cut out of a width x height frame."""
-        draws = key.draws(Purpose.CROP)
-        if self.mode == "multiscale":
-            return sampling.multi_scale_box(draws, width, height, self.size, self.scales)
-        if self.mode == "random_resized":
-            return sampling.random_resized_box(draws, width, height, self.area)
-        if self.mode == "whole":
-            return Box(0, 0, height, width)
+    def box(self, draws: Draws, width: int, height: int, size: int) -> Box:
+        """The part of a width x height frame that becomes the size x size input."""
+        raise NotImplementedError
+
+
+class MultiScale(CropKind):
+    """VideoMAE's and MVD's crop: sides are parts of the shorter side, at one of 13 places."""
+
+    kind: Literal["multiscale"] = "multiscale"
+    scales: tuple[PositiveFloat, ...] = Field((1.0, 0.875, 0.75, 0.66), description="parts of the shorter side")
+
+    def box(self, draws: Draws, width: int, height: int, size: int) -> Box:
+        return sampling.multi_scale_box(draws, width, height, size, self.scales)
+
+
+class RandomResized(CropKind):
+    """MAE's crop: a random share of the frame, anywhere in it."""
+
+    kind: Literal["random_resized"] = "random_resized"
+    area: tuple[PositiveFloat, PositiveFloat] = Field((0.2, 1.0), description="range of the share that is kept")
+    bicubic: ClassVar[bool] = True
+
+    def box(self, draws: Draws, width: int, height: int, size: int) -> Box:
+        return sampling.random_resized_box(draws, width, height, self.area)
+
+
+class CenterCrop(CropKind):
+    """The largest square in the middle."""
+
+    kind: Literal["center"] = "center"
+    is_random: ClassVar[bool] = False
+
+    def box(self, draws: Draws, width: int, height: int, size: int) -> Box:
         return sampling.center_box(width, height)
 
-    def flipped(self, key: SampleKey) -> bool:
-        return key.draws(Purpose.FLIP).uniform() < self.flip
 
-    def graph(self, pixels: DataNode, inputs: Inputs, layout: str) -> DataNode:
-        """uint8 FHWC or HWC -> float32 in `layout` ("CFHW" or "CHW"), size x size, normalised.
+class WholeFrame(CropKind):
+    """The whole frame, made square."""
 
-        Antialiased like Pillow's resize, which the reference recipes use: bicubic for random_resized, else bilinear.
-        """
-        frames_first = len(layout) - 3
-        pixels = fn.slice(
-            pixels,
-            start=inputs.box[0:2],
-            shape=inputs.box[2:4],
-            axes=(frames_first, frames_first + 1),
-        )
-        pixels = fn.resize(
-            pixels,
-            resize_x=self.size,
-            resize_y=self.size,
-            interp_type=types.INTERP_CUBIC if self.mode == "random_resized" else types.INTERP_LINEAR,
-            antialias=True,
-        )
-        return self.normalised(pixels, inputs, layout)
+    kind: Literal["whole"] = "whole"
+    is_random: ClassVar[bool] = False
 
-    def normalised(self, pixels: DataNode, inputs: Inputs, layout: str) -> DataNode:
-        """uint8 FHWC or HWC of the final size -> float32 in `layout`, flipped where the sample is, normalised."""
-        return fn.crop_mirror_normalize(
-            pixels,
-            dtype=types.FLOAT,
-            output_layout=layout,
-            mirror=inputs.flip,
-            mean=[255 * value for value in self.mean],
-            std=[255 * value for value in self.std],
-        )
+    def box(self, draws: Draws, width: int, height: int, size: int) -> Box:
+        return Box(0, 0, height, width)
 
 
-def from_config(config: RunConfig) -> Crop:
-    data = config.data
-    return Crop(
-        mode=data.crop,
-        size=config.model.image_size,
-        scales=data.scales,
-        area=data.area,
-        flip=data.flip,
-        mean=data.mean,
-        std=data.std,
-    )
+KINDS = (MultiScale, RandomResized, CenterCrop, WholeFrame)
+AnyCrop = Annotated[SerializeAsAny[CropKind], OfKind(classes=KINDS, default="multiscale")]
+
+
+class CroppedConfig(DataConfig):
+    """Data whose frames are cut to a square."""
+
+    crop: AnyCrop = Field(MultiScale(), description="what is cut out of a frame and resized to the input")

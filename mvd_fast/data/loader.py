@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import importlib
 import logging
 import os
 import queue
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvd_fast.config import DataConfig, RunConfig
-from mvd_fast.data import lists
-from mvd_fast.data.kinds import Annotated, Finishing
+from mvd_fast.config.kinds import DATASETS, kind_module
+from mvd_fast.config.run import DataConfig, DataRequest, RunConfig
 from mvd_fast.data.pipeline import PIPELINE_DEPTH, PipelineSpec, build_pipeline, failing_samples, outputs_to_torch
 from mvd_fast.data.quarantine import quarantine_path, read_quarantine
 from mvd_fast.data.sampling import SampleKey
@@ -36,7 +34,6 @@ ReadTargets = Callable[[list[SampleKey]], dict[str, Tensor]]
 class Targets:
     """What is stored for every clip and view, and joins the batches."""
 
-    views: int
     bad: Mapping[tuple[int, int], str]  # (position in the list, view) that has nothing stored -> why
     read: ReadTargets
 
@@ -48,12 +45,21 @@ JUDGED_FROM = 1000  # files seen before a share of bad ones says something about
 LOOK_FOR_MISSING = 20  # files looked for when the loader is built
 
 
+@dataclass(frozen=True)
+class DataSetup:
+    """What of a RunConfig decides on its samples; for other samples than a run's own."""
+
+    data: DataConfig
+    request: DataRequest
+    seed: int = 0
+
+
 class TooManyBadFiles(UserError):
     """More than `data.max_bad_share` of the files are unusable."""
 
 
 def build_loader(
-    config: RunConfig,
+    config: RunConfig | DataSetup,
     rank: int,
     world_size: int,
     device: torch.device,
@@ -61,17 +67,17 @@ def build_loader(
     accumulation: int,
     open_targets: OpenTargets | None = None,
 ) -> Loader:
-    """The loader of one rank; `micro` counts samples: clips x data.masks_per_clip.
+    """The loader of one rank; `micro` counts samples: clips x masks of each.
 
-    With `open_targets` (mvd_fast.targets.store), epochs show the views that have stored targets, and these join them.
+    With `open_targets` (mvd_fast.target_store.store) the stored targets of the views that epochs show join the batches.
     Raises UserError sentences for lists that are missing, empty or too short.
     """
-    clips = micro // config.data.masks_per_clip
-    repeats = config.augment.repeats
-    source, spec = build_source(config, device, clips * repeats)
+    request = config.request
+    clips = micro // request.samples
+    source, spec = build_source(config, device, clips * request.rows)
     targets = open_targets(source.paths) if open_targets else None
-    views = targets.views if targets else None
-    schedule = Schedule(config.seed, len(source.paths), clips, accumulation, rank, world_size, repeats, views)
+    shape = clips, accumulation, rank, world_size, request.rows, request.views
+    schedule = Schedule(config.seed, len(source.paths), *shape)
     if schedule.updates_per_epoch == 0:
         raise UserError(
             f"{config.data.train} lists {len(source.paths)} files, less than one update of {schedule.size} clips; "
@@ -84,31 +90,21 @@ def build_loader(
 
 
 def build_source(
-    config: RunConfig, device: torch.device, clips: int, paths: list[str] | None = None
+    config: RunConfig | DataSetup, device: torch.device, clips: int, paths: list[str] | None = None
 ) -> tuple[Source, PipelineSpec]:
     """The files of a run (`paths`, or what `data.train` lists) and what its pipeline is built from, `clips` at a time.
 
     Raises UserError sentences for unusable lists.
     """
-    kind = importlib.import_module(f"mvd_fast.data.kinds.{config.data.kind}").build(config, device.type == "cuda")
-    if paths is None and isinstance(kind, Annotated):
-        paths = kind.paths()
-    elif paths is None:
-        paths = [e.path for e in lists.read_dataset(config.data.train, config.data.root, kind.extensions)]
-    _require_some_present(paths, config.data.train)
-    spec = PipelineSpec(
-        kind=kind,
-        batch=clips,
-        masks=config.data.masks_per_clip,
-        grid=config.model.grid,
-        mask_ratio=config.data.mask_ratio,
-        threads=config.data.threads,
-        device=device,
-    )
-    quarantine = read_quarantine(config.data.train)
+    data, request = config.data, config.request
+    dataset = kind_module(DATASETS, data.kind).build(data, request, device.type == "cuda")
+    paths = dataset.paths() if paths is None else paths
+    _require_some_present(paths, data.train)
+    quarantine = read_quarantine(data.train)
     if quarantine:
-        logger.info("%d files are set aside by %s", len(quarantine), printable(quarantine_path(config.data.train)))
-    return Source(paths, kind, frozenset(quarantine)), spec
+        logger.info("%d files are set aside by %s", len(quarantine), printable(quarantine_path(data.train)))
+    spec = PipelineSpec(dataset, clips, data.threads, device, request.masks)
+    return Source(paths, dataset, frozenset(quarantine)), spec
 
 
 def _require_some_present(paths: list[str], train: str) -> None:
@@ -155,10 +151,10 @@ class Loader:
         """Micro batches from update `start_update` on, without end.
 
         Each is a dict on the device: `video` float32 [B, 3, T, H, W] or `image` float32 [B, 3, H, W], normalised;
-        `mask` bool [B, N] (with several per clip [B, masks, N]), True = masked; `index` int64 [B], positions in the
-        dataset of what is really shown. With augment.repeats there are so many rows for each clip, side by side.
-        With stored targets also `target_image`, `target_video` [B, N, C], see TargetStore.read; with an Annotated kind
-        what its `collate` and `finish` give.
+        `mask`, where the task asks for one, bool [B, N] (of several per clip [B, masks, N]), True = masked; `index`
+        int64 [B], positions in the dataset of what is really shown. With augment.repeats there are so many rows for
+        each clip, side by side. With stored targets also what TargetStore.read gives, and what the dataset's `collate`
+        and `finish` add.
         Raises TooManyBadFiles; NoUsableFile when one sample finds no replacement at all.
         """
         producer = _Producer(self, start_update * self.schedule.accumulation)
@@ -269,8 +265,8 @@ class _Producer:
                 break
             batch, samples = outputs_to_torch(outputs, self._spec), ahead.pop(step)
             choices = [sample.choice for sample in samples]
-            if samples[0].extra is not None:
-                batch = _annotated(self._spec, batch, [sample.extra for sample in samples])
+            if samples[0].notes is not None:
+                batch = _annotated(self._spec, batch, [sample.notes for sample in samples])
             if self._read_targets:
                 batch |= self._read_targets([choice.key for choice in choices])
             self._put((batch, self._schedule.keys(step), choices))
@@ -307,9 +303,9 @@ class _Producer:
 
 
 def _annotated(spec: PipelineSpec, batch: dict[str, Tensor], notes: list[Any]) -> dict[str, Tensor]:
-    """The batch with what an Annotated kind adds, on the device, and finished where the kind does that."""
-    batch |= {name: torch.from_numpy(value).to(spec.device) for name, value in spec.kind.collate(notes).items()}
-    return spec.kind.finish(batch, notes) if isinstance(spec.kind, Finishing) else batch
+    """The batch with what the dataset adds, on the device, finished."""
+    batch |= {name: torch.from_numpy(value).to(spec.device) for name, value in spec.dataset.collate(notes).items()}
+    return spec.dataset.finish(batch, notes)
 
 
 def _drain(items: queue.Queue[Any]) -> None:

@@ -10,8 +10,10 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, Pipeline
 
+from mvd_fast.config.run import Masks
 from mvd_fast.data import dali_plugin
-from mvd_fast.data.kinds import Inputs, Kind
+from mvd_fast.data.datasets import Dataset
+from mvd_fast.data.inputs import Inputs
 from mvd_fast.data.source import Sample, to_columns
 
 Reader = Callable[[int], list[Sample]]  # iteration of the pipeline, from 0 -> its samples
@@ -29,13 +31,11 @@ LAYOUTS = ("", "", "FHWC", "", "", "", "", "")
 class PipelineSpec:
     """What a pipeline is built from, apart from its source."""
 
-    kind: Kind
+    dataset: Dataset
     batch: int  # clips
-    grid: tuple[int, int, int]
-    mask_ratio: float
     threads: int
     device: torch.device
-    masks: int = 1  # of each clip
+    masks: Masks | None = None
 
     @property
     def dali_device(self) -> str:
@@ -43,7 +43,7 @@ class PipelineSpec:
 
 
 def build_pipeline(spec: PipelineSpec, reader: Reader) -> Pipeline:
-    """A built pipeline whose `run()` gives (pixels, mask, numbers, ...); see `outputs_to_torch`."""
+    """A built pipeline whose `run()` gives (pixels, numbers, ...); see `outputs_to_torch`."""
     dali_plugin.load_plugin()
 
     def source(iteration: int) -> tuple[list, ...]:  # out here: DALI rewrites what is defined inside a pipeline
@@ -75,19 +75,20 @@ def _define(spec: PipelineSpec, source: Callable[[int], tuple[list, ...]]):
         layout=list(LAYOUTS),
     )
     inputs = Inputs(*fields)
-    pixels = spec.kind.graph(inputs, spec.dali_device)
-    mask = _masks(numbers, spec)
-    if spec.dali_device == "gpu":
-        mask = mask.gpu()
+    pixels = spec.dataset.graph(inputs, spec.dali_device)
+    outputs = [pixels, numbers]
+    if spec.masks is not None:
+        mask = _masks(numbers, spec.masks)
+        outputs.append(mask.gpu() if spec.dali_device == "gpu" else mask)
     # Outputs only because DALI warns of inputs that a graph does not use: images have no frames to choose, and most
-    # kinds no operations.
-    return pixels, mask, numbers, inputs.frames, inputs.operations
+    # datasets no operations.
+    return (*outputs, inputs.frames, inputs.operations)
 
 
-def _masks(numbers: DataNode, spec: PipelineSpec) -> DataNode:
+def _masks(numbers: DataNode, asked: Masks) -> DataNode:
     """bool [N], or [masks, N]: mask m is that of sample number index + m * MASK_STRIDE, the first the only one's."""
-    masks = [dali_plugin.tube_mask(_shifted(numbers, m), spec.grid, spec.mask_ratio) for m in range(spec.masks)]
-    return fn.stack(*masks) if spec.masks > 1 else masks[0]
+    masks = [dali_plugin.tube_mask(_shifted(numbers, m), asked.grid, asked.ratio) for m in range(asked.per_clip)]
+    return fn.stack(*masks) if asked.per_clip > 1 else masks[0]
 
 
 def _shifted(numbers: DataNode, mask: int) -> DataNode:
@@ -98,17 +99,18 @@ def _shifted(numbers: DataNode, mask: int) -> DataNode:
 
 
 def outputs_to_torch(outputs: tuple, spec: PipelineSpec) -> dict[str, torch.Tensor]:
-    """One `run()`'s outputs as tensors on the device: pixels and `mask` bool [B, N], or [B, masks, N] of several; on
-    the CPU `numbers` int64 [B, 3].
+    """One `run()`'s outputs as tensors on the device: pixels and, where it is asked for, `mask` bool [B, N], or
+    [B, masks, N] of several; on the CPU `numbers` int64 [B, 3].
 
     On the CPU nothing is copied: the dynamic executor hands each run's buffers over for good. On a GPU DALI reuses a
     buffer as soon as Python lets go of it, which may be before torch's stream has read it: there they are copies.
     """
-    pixels, mask, numbers = (torch.from_dlpack(output.as_tensor()) for output in outputs[:3])
+    names = [spec.dataset.output, "numbers", *(["mask"] if spec.masks else [])]
+    found = {name: torch.from_dlpack(output.as_tensor()) for name, output in zip(names, outputs, strict=False)}
     if spec.dali_device == "gpu":
-        pixels, mask = pixels.clone(), mask.clone()
+        found = {name: tensor if name == "numbers" else tensor.clone() for name, tensor in found.items()}
         torch.cuda.current_stream(spec.device).synchronize()
-    return {spec.kind.output: pixels, "mask": mask, "numbers": numbers}
+    return found
 
 
 def failing_samples(spec: PipelineSpec, samples: list[Sample]) -> dict[int, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -15,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvd_fast.config import RunConfig
+from mvd_fast.config.run import DataConfig, DataRequest, Masks, RunConfig
 from mvd_fast.data import images, media
 from mvd_fast.data.containers import BadFile, read_bytes
+from mvd_fast.data.datasets import Dataset
 from mvd_fast.data.lists import read_dataset
-from mvd_fast.data.loader import Loader, build_source
-from mvd_fast.data.sampling import SampleKey
+from mvd_fast.data.loader import DataSetup, Loader, build_source
+from mvd_fast.data.sampling import Box, SampleKey
 from mvd_fast.data.sheet import Page, write_animation, write_sheet
 from mvd_fast.data.source import Sample, Schedule
 from mvd_fast.errors import UserError
@@ -44,7 +44,9 @@ class Shown:
     animation: Path
 
 
-def show_samples(config: RunConfig, samples: int, epoch: int, out: str | Path, file: str = "") -> Iterator[Shown]:
+def show_samples(
+    config: RunConfig | DataSetup, samples: int, epoch: int, out: str | Path, file: str = ""
+) -> Iterator[Shown]:
     """Pictures `samples` samples from the beginning of epoch `epoch` on in the folder `out`, in training's order.
 
     They come out of the loader that training uses, on a GPU where there is one; a short list goes on with the next
@@ -56,7 +58,7 @@ def show_samples(config: RunConfig, samples: int, epoch: int, out: str | Path, f
     with closing(_loader(config, samples, file)) as loader:
         _make_folder(folder)
         for number, (row, sample) in enumerate(_rows(loader, samples, epoch)):
-            yield _pictured(loader, config, row, sample, folder, number)
+            yield _pictured(loader, config.request, row, sample, folder, number)
 
 
 def decode_file(path: str, wanted: str) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +156,7 @@ def _writing(place: str | Path) -> Iterator[None]:
 # ---- loading ----
 
 
-def _loader(config: RunConfig, samples: int, file: str) -> Loader:
+def _loader(config: RunConfig | DataSetup, samples: int, file: str) -> Loader:
     """As a run on one rank has it, but for the size of its batches, which no sample depends on unless it is mixed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source, spec = build_source(config, device, 1, [file] if file else None)
@@ -163,12 +165,11 @@ def _loader(config: RunConfig, samples: int, file: str) -> Loader:
             source.facts(file)
         except BadFile as error:
             raise UserError(f"{printable(file)} {error}") from error
-    clips = min(samples, len(source.paths), MIXED_AT_ONCE) if _mixes(config) else 1
-    repeats, cache = config.augment.repeats, config.teachers.cache
-    views = cache.views if cache.path else None
-    schedule = Schedule(config.seed, len(source.paths), clips, 1, 0, 1, repeats, views)
-    data = config.data.model_copy(update={"max_bad_share": 1.0, "workers": 0})
-    return Loader(source, schedule, replace(spec, batch=clips * repeats), data)
+    request = config.request
+    clips = min(samples, len(source.paths), MIXED_AT_ONCE) if _mixes(request) else 1
+    schedule = Schedule(config.seed, len(source.paths), clips, 1, 0, 1, request.rows, request.views)
+    data = config.data.replaced(max_bad_share=1.0, workers=0)
+    return Loader(source, schedule, replace(spec, batch=clips * request.rows), data)
 
 
 def _rows(loader: Loader, samples: int, epoch: int) -> Iterator[tuple[dict[str, Tensor], Sample]]:
@@ -194,22 +195,22 @@ def _row(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 
 
 def _pictured(
-    loader: Loader, config: RunConfig, row: dict[str, Tensor], sample: Sample, folder: Path, number: int
+    loader: Loader, request: DataRequest, row: dict[str, Tensor], sample: Sample, folder: Path, number: int
 ) -> Shown:
-    kind, key = loader.spec.kind, sample.choice.key
+    dataset, key = loader.spec.dataset, sample.choice.key
     path = loader.paths[key.index]
     facts = loader.source.facts(path)
-    frames = [int(frame) for frame in kind.frames(facts, key)] if hasattr(kind, "frames") else [0]
-    crop = crop_of(row[kind.output], config)
+    frames = [int(frame) for frame in dataset.frames(facts, key)]
+    crop = crop_of(row[dataset.output], dataset.data)
     lines = [
         f"seed {key.seed}, epoch {key.epoch}, index {key.index} of {len(loader.paths)}"
         + (f", copy {key.copy}" if loader.schedule.repeats > 1 else ""),
         *(f"in place of {printable(loader.paths[index])}: {reason}" for index, reason in sample.choice.passed_over),
-        f"{_described(facts)}; {_cut(config, kind.crop, facts, key)}",
+        f"{dataset.describe(facts)}; {_cut(dataset, dataset.box(key, facts.width, facts.height), key)}",
         f"decoded by {_decoder(loader, sample, facts, path)}",
-        *_added(row, config, loader.schedule.micro),
+        *_added(row, request, loader.schedule.micro),
     ]
-    page = Page(path, lines, frames, {"crop": crop, **_overlays(crop, row, config)})
+    page = Page(path, lines, frames, {"crop": crop, **_overlays(crop, row, request.masks)})
     name = f"{number:03d}_{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(path).stem)[:40]}"
     shown = Shown(path, key, frames, page, folder / f"{name}.png", folder / f"{name}.webp")
     with _writing(folder):
@@ -218,11 +219,11 @@ def _pictured(
     return shown
 
 
-def crop_of(pixels: Tensor, config: RunConfig) -> np.ndarray:
+def crop_of(pixels: Tensor, data: DataConfig) -> np.ndarray:
     """Normalised pixels [3, H, W] or [3, T, H, W] as they were before: uint8 [T, H, W, 3]."""
     if pixels.dim() == 3:
         pixels = pixels[:, None]
-    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (config.data.mean, config.data.std))
+    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (data.mean, data.std))
     levels = (255 * (pixels * std + mean)).round().clamp(0, 255).to(torch.uint8)
     return levels.permute(1, 2, 3, 0).numpy()
 
@@ -236,24 +237,19 @@ def masked(crop: np.ndarray, mask: np.ndarray, grid: tuple[int, int, int]) -> np
     return np.where(tubes[..., None], np.uint8(GREY), crop)
 
 
-def _overlays(crop: np.ndarray, row: dict[str, Tensor], config: RunConfig) -> dict[str, np.ndarray]:
+def _overlays(crop: np.ndarray, row: dict[str, Tensor], asked: Masks | None) -> dict[str, np.ndarray]:
     """Other views of the crop: behind each of its masks in pre-training, with its boxes in detection."""
     if "boxes" in row:
         return {"boxes": np.stack([_boxed(frame, row["boxes"].numpy()) for frame in crop])}
-    if not _masks(config):
+    if asked is None:
         return {}
-    masks = row["mask"].reshape(-1, math.prod(config.model.grid)).numpy()
+    masks = row["mask"].reshape(asked.per_clip, -1).numpy()
     names = [f"under mask {number}" for number in range(len(masks))] if len(masks) > 1 else ["under its mask"]
-    return {name: masked(crop, mask, config.model.grid) for name, mask in zip(names, masks, strict=True)}
+    return {name: masked(crop, mask, asked.grid) for name, mask in zip(names, masks, strict=True)}
 
 
-def _masks(config: RunConfig) -> bool:
-    """Whether the run masks its samples: fine-tuning, which has classes, does not."""
-    return config.model.num_classes is None
-
-
-def _mixes(config: RunConfig) -> bool:
-    return bool(config.augment.mixup or config.augment.cutmix)
+def _mixes(request: DataRequest) -> bool:
+    return request.augment is not None and request.augment.mixes
 
 
 def _boxed(frame: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -269,52 +265,32 @@ def _boxed(frame: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 # ---- describing ----
 
 
-def _described(facts: Any) -> str:
-    size = f"{facts.width} x {facts.height}"
-    if isinstance(facts, images.ImageInfo):
-        return f"{facts.codec}, {size}"
-    rate = f" at {facts.fps:.6g} a second" if facts.fps else ""
-    return f"{facts.codec} {facts.pixel_format}, {size}, frames: {facts.frames}{rate}"
-
-
-def _cut(config: RunConfig, crop: Any, facts: Any, key: SampleKey) -> str:
-    box, side = crop.box(key, facts.width, facts.height), config.model.image_size
-    flipped = ", flipped" if crop.flipped(key) else ""
-    return f"{crop.mode} crop {box.width} x {box.height} at x {box.x}, y {box.y}, shown as {side} x {side}{flipped}"
+def _cut(dataset: Dataset, box: Box, key: SampleKey) -> str:
+    crop, side = dataset.data.crop.kind, dataset.request.image_size
+    flipped = ", flipped" if dataset.flipped(key) else ""
+    return f"{crop} crop {box.width} x {box.height} at x {box.x}, y {box.y}, shown as {side} x {side}{flipped}"
 
 
 def _decoder(loader: Loader, sample: Sample, facts: Any, path: str) -> str:
     """Who decoded a sample, and why, if it was not DALI."""
     if sample.inputs.is_encoded:
         return "DALI"
-    name = "Pillow" if isinstance(facts, images.ImageInfo) else "PyAV"
-    if path in loader.suspects:
-        return f"{name}, as DALI fails on it: {loader.suspects[path]}"
-    return f"{name}, as {_why_not_dali(loader, facts)}"
+    dataset = loader.spec.dataset
+    why = f"DALI fails on it: {loader.suspects[path]}" if path in loader.suspects else dataset.why_not_dali(facts)
+    return f"{dataset.decoder}, as {why}" if why else dataset.decoder
 
 
-def _why_not_dali(loader: Loader, facts: Any) -> str:
-    if isinstance(facts, images.ImageInfo):
-        return f"DALI would show other pixels of such a {facts.codec}"
-    kind: Any = loader.spec.kind
-    if facts.codec not in kind.dali_codecs:
-        return f"DALI has no {facts.codec} on a {'GPU' if loader.spec.dali_device == 'gpu' else 'CPU'}"
-    if facts.shown.turns:
-        return "DALI would not turn it upright"
-    return "DALI would show other frames" if facts.is_plain else "DALI would show other colours or another shape"
-
-
-def _added(row: dict[str, Tensor], config: RunConfig, clips: int) -> list[str]:
+def _added(row: dict[str, Tensor], request: DataRequest, clips: int) -> list[str]:
     """What else belongs to the sample: label, boxes, mask."""
     lines = [f"label {int(row['label'])}"] if "label" in row else []
-    if _mixes(config):
+    if _mixes(request):
         lines.append(f"mixed with another of the {clips} clips of its batch, as far as the recipe draws it")
     if "boxes" in row:
         lines.append(f"boxes: {len(row['boxes'])}")
-    if _masks(config):
-        slices, height, width = config.model.grid
+    if masks := request.masks:
+        slices, height, width = masks.grid
         tubes = f", the same in each of {slices} time slices" if slices > 1 else ""
-        lines.append(f"{config.num_visible // slices} of {height * width} patches visible{tubes}")
+        lines.append(f"{masks.num_visible // slices} of {height * width} patches visible{tubes}")
     return lines
 
 

@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 
 from mvd_fast.arguments import add_set_argument, positive, whole
-from mvd_fast.config import RunConfig
-from mvd_fast.config_file import load_config
+from mvd_fast.config.load import load_config
+from mvd_fast.config.run import RunConfig
 from mvd_fast.errors import UserError
 from mvd_fast.names import printable
 
@@ -57,8 +57,8 @@ def _config(chosen: argparse.Namespace) -> RunConfig:
 
     name = chosen.config or RECIPES["image" if shows_images(chosen.list, chosen.root) else "video"]
     config = load_config(name, chosen.set)
-    data = config.data.model_copy(update={"train": chosen.list, "root": chosen.root or config.data.root})
-    return config.model_copy(update={"data": data, "seed": config.seed if chosen.seed is None else chosen.seed})
+    data = config.data.replaced(train=chosen.list, root=chosen.root or config.data.root)
+    return config.replaced(data=data, seed=config.seed if chosen.seed is None else chosen.seed)
 
 
 def _parser() -> argparse.ArgumentParser:

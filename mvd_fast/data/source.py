@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mvd_fast.data import media, sampling
-from mvd_fast.data.kinds import Annotated, Inputs, Kind
+from mvd_fast.data.datasets import Dataset
+from mvd_fast.data.inputs import Inputs
 from mvd_fast.data.sampling import SampleKey
 from mvd_fast.errors import UserError
 from mvd_fast.names import printable
@@ -39,7 +40,7 @@ class Sample(NamedTuple):
 
     choice: Choice
     inputs: Inputs
-    extra: dict[str, np.ndarray] | None = None  # of an Annotated kind
+    notes: dict[str, Any] | None = None  # see `Dataset.annotate`
 
 
 @lru_cache(maxsize=2)  # batches prepared ahead may belong to the next epoch already
@@ -91,14 +92,14 @@ class Schedule:
 class Source:
     """Turns sample keys into pipeline inputs and replaces what cannot be used.
 
-    A sample is bad when its file is (see `Kind.check`) or when what it needs of the file cannot be decoded. It then
+    A sample is bad when its file is (see `Dataset.check`) or when what it needs of the file cannot be decoded. It then
     gives way to another position of the dataset, found by hashing its own (seed, epoch, index) and the number of the
     attempt. That depends on the files' contents only, never on when or by whom the damage was found: resumed and
     differently sharded runs see the same samples.
     """
 
     paths: list[str]
-    kind: Kind
+    dataset: Dataset
     quarantine: frozenset[str] = frozenset()  # paths set aside before the run
     untaught: dict[tuple[int, int], str] = field(default_factory=dict)  # (index, view) without stored targets -> why
     _verdicts: dict[str, Any] = field(default_factory=dict)  # path -> facts, or why `check` refused it
@@ -114,30 +115,30 @@ class Source:
             if path in self.quarantine:
                 continue
             try:
-                inputs, extra = self._load(candidate, path not in suspects)
+                inputs, notes = self._load(candidate, path not in suspects)
             except media.BadFile as error:
                 passed_over.append((candidate.index, str(error)))
             else:
-                return Sample(Choice(candidate, tuple(passed_over)), inputs, extra)
+                return Sample(Choice(candidate, tuple(passed_over)), inputs, notes)
         some = "; ".join(f"{printable(self.paths[index])} {reason}" for index, reason in passed_over[:3])
         raise NoUsableFile(
             f"{printable(self.paths[key.index])} and the {MAX_REPLACEMENTS} files tried in its place are all unusable"
             f"{f' ({some}; ...)' if some else ''}; run `mvd-fast data check` on the list to see every reason"
         )
 
-    def _load(self, key: SampleKey, by_dali: bool) -> tuple[Inputs, dict[str, np.ndarray] | None]:
+    def _load(self, key: SampleKey, by_dali: bool) -> tuple[Inputs, dict[str, Any] | None]:
         path = self.paths[key.index]
         if (key.index, key.view) in self.untaught:
             raise media.BadFile(self.untaught[key.index, key.view])
         facts = self.facts(path)
-        extra = self.kind.annotate(facts.width, facts.height, key) if isinstance(self.kind, Annotated) else None
-        return self.kind.load(path, facts, key, by_dali), extra
+        notes = self.dataset.annotate(facts, key)
+        return self.dataset.load(path, facts, key, by_dali), notes
 
     def facts(self, path: str) -> Any:
-        """What the kind says of a file, looked at the first time it is asked for. Raises BadFile."""
+        """What the dataset says of a file, looked at the first time it is asked for. Raises BadFile."""
         if path not in self._verdicts:
             try:
-                self._verdicts[path] = self.kind.check(path)
+                self._verdicts[path] = self.dataset.check(path)
             except media.BadFile as error:
                 self._verdicts[path] = str(error)
         verdict = self._verdicts[path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from mvd_fast.config import RunConfig
+from mvd_fast.config.run import RunConfig
 from mvd_fast.data import build_loader
 from mvd_fast.data.lists import read_dataset
 from mvd_fast.demo.digits import MOTIONS, digit_and_motion
@@ -21,9 +22,8 @@ from mvd_fast.downstream.features import ClipFeatures, Network, clip_features
 from mvd_fast.downstream.probe import linear_probe
 from mvd_fast.files import WEIGHTS, written_aside
 from mvd_fast.interop.weights import load_into, read_weights
-from mvd_fast.models import build_model
 from mvd_fast.models.tokens import paste_tubes, split_mask
-from mvd_fast.objectives import build_objective
+from mvd_fast.tasks import build_task
 
 LABELS = ("digit", "motion")
 CHANCE = {"digit": 0.1, "motion": 1 / len(MOTIONS)}
@@ -57,13 +57,13 @@ def evaluate(student: RunConfig, video_teacher: RunConfig, out: Path, console: C
 def _networks(config: RunConfig, out: Path) -> dict[str, Network]:
     """The untrained student, both teachers and the student, each from a clip to one feature per token."""
     torch.manual_seed(config.seed)
-    objective = build_objective(config).eval()
-    student = build_model(config.model, config.teachers).eval()
+    task = build_task(config).eval()
+    student = copy.deepcopy(task.network)
     load_into(student, read_weights(out / "student" / WEIGHTS), out / "student" / WEIGHTS)
     return {
-        "untrained student": objective.model.encode,
-        "image teacher": objective.frame_features,
-        "video teacher": objective.video_teacher,
+        "untrained student": task.network.encode,
+        "image teacher": task.targets["image"],
+        "video teacher": task.targets["video"],
         "student": student.encode,
     }
 
@@ -83,7 +83,7 @@ def _probe(name: str, label: str, features: dict[str, ClipFeatures], labels: dic
 @torch.inference_mode()
 def _write_pictures(config: RunConfig, clips: str, out: Path) -> None:
     """A few test clips, their masks, and what the video teacher paints where it sees nothing."""
-    model = build_model(config.model, config.teachers).eval()
+    model = build_task(config).eval().network
     load_into(model, read_weights(out / "video_teacher" / WEIGHTS), out / "video_teacher" / WEIGHTS)
     data = config.data.model_copy(update={"train": clips})
     batch = math.gcd(len(read_dataset(clips)), 2 * PICTURES)
@@ -114,7 +114,7 @@ def _paint(model: torch.nn.Module, config: RunConfig, video: Tensor, mask: Tenso
     masked = split_mask(mask)[1]
     stats, tube = (config.data.mean, config.data.std), (config.model.tubelet_size, *[config.model.patch_size] * 2)
     prediction = model(video, mask).float().unflatten(2, (-1, 3))  # [B, Nm, t*p*p, 3]
-    if config.objective.normalize_pixels:
+    if config.normalize_pixels:
         truth = model.targets(video, masked, False, *stats).unflatten(2, (-1, 3))
         deviation, mean = torch.std_mean(truth, dim=2, keepdim=True)
         prediction = prediction * deviation + mean

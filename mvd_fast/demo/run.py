@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 import mvd_fast
-from mvd_fast.config import RunConfig
-from mvd_fast.config_file import load_config
+from mvd_fast.config.load import load_config
+from mvd_fast.config.run import RunConfig
 from mvd_fast.demo.digits import FRAMES, MOTIONS, SIZE, DigitSet, is_written, write_digit_set
 from mvd_fast.errors import INTERRUPTED, SAVED, UserError
 from mvd_fast.files import SUMMARY, WEIGHTS, write_text
@@ -141,10 +141,10 @@ class Demo:
             **SIZES[self.size].changes[name],
         }
         if name == "student":
-            places["teachers.image.checkpoint"] = self.out / "image_teacher" / WEIGHTS
-            places["teachers.video.checkpoint"] = self.out / "video_teacher" / WEIGHTS
+            places["targets.image.checkpoint"] = self.out / "image_teacher" / WEIGHTS
+            places["targets.video.checkpoint"] = self.out / "video_teacher" / WEIGHTS
             if not has_fast_bf16():
-                places |= {f"teachers.{teacher}.precision": "fp32" for teacher in ("image", "video")}
+                places |= {f"targets.{teacher}.precision": "fp32" for teacher in ("image", "video")}
         return [f"{key}={json.dumps(value if isinstance(value, int) else str(value))}" for key, value in places.items()]
 
     def _train(self, name: str) -> None:

@@ -21,9 +21,9 @@ from .ava import MOST, FrameMap, frame_map
 if TYPE_CHECKING:
     import torch
 
-    from mvd_fast.config import RunConfig
+    from mvd_fast.config.run import RunConfig
     from mvd_fast.data.ava_files import Boxes, KeyFrame
-    from mvd_fast.data.kinds.ava import Scene
+    from mvd_fast.data.datasets.ava import Scene
 
 THRESHOLD = 0.8  # of person boxes: VideoMAE's detector, SlowFast
 
@@ -77,7 +77,7 @@ def _tested(
     args: argparse.Namespace, actions: dict[int, str], truth: Boxes, excluded: frozenset[KeyFrame]
 ) -> tuple[torch.nn.Module, RunConfig, list[Scene]]:
     """The detector, its run's config, and the scenes that it is tested on."""
-    from mvd_fast.data.kinds.ava import scenes_of
+    from mvd_fast.data.datasets.ava import scenes_of
 
     model, config = load_detector(args.checkpoint)
     classes = config.model.num_classes
@@ -107,10 +107,10 @@ def load_detector(checkpoint: str) -> tuple[torch.nn.Module, RunConfig]:
 
     Raises UserError for anything else.
     """
-    from mvd_fast.config_file import load_config
+    from mvd_fast.config.load import load_config
     from mvd_fast.interop.storage import read_source
     from mvd_fast.interop.weights import load_into
-    from mvd_fast.models import build_model
+    from mvd_fast.models.detector import ActionDetector
 
     folder = Path(checkpoint)
     places = [folder / "config.json", folder.absolute().parent.parent / "config.json"]
@@ -118,9 +118,9 @@ def load_detector(checkpoint: str) -> tuple[torch.nn.Module, RunConfig]:
     if not folder.is_dir() or file is None:
         raise UserError(f"{checkpoint} is no folder of a run with a config.json, nor one of its checkpoints")
     config = load_config(str(file))
-    if config.model.kind != "detector":
-        raise UserError(f"{checkpoint} is a run of a {config.model.kind!r}; AVA needs a 'detector'")
-    model = build_model(config.model, config.teachers)
+    if config.task != "detect":
+        raise UserError(f"{checkpoint} is a run of task {config.task!r}; AVA needs task 'detect'")
+    model = ActionDetector(config.model, config.model.num_classes)
     load_into(model, read_source(folder).state, checkpoint)
     return model.eval(), config
 
@@ -143,14 +143,13 @@ def detect(
     Raises UserError when no video could be read.
     """
     from concurrent.futures import ThreadPoolExecutor
-    from dataclasses import replace
 
     import numpy as np
     import torch
 
-    from mvd_fast.data import crops
     from mvd_fast.data.ava_files import Boxes
-    from mvd_fast.data.kinds.ava import AvaKind
+    from mvd_fast.data.crops import WholeFrame
+    from mvd_fast.data.datasets.ava import AvaDataset
     from mvd_fast.data.lists import Entry
     from mvd_fast.data.pipeline import PipelineSpec
     from mvd_fast.data.sampling import SampleKey
@@ -159,28 +158,22 @@ def detect(
     from .results import gather_results
 
     mine = launch.shard(len(scenes))
-    crop = replace(crops.from_config(config), mode="whole", flip=0.0)
-    clip = config.model.num_frames, config.data.sampling_rate, True, crop, frozenset()
-    kind = AvaKind(
-        *clip,
-        scenes=tuple(scenes[number] for number in mine),
-        first_second=config.data.first_second,
-        jitter=config.data.box_jitter,
-        is_training=False,
-    )
-    spec = PipelineSpec(kind, batch, (1, 1, 2), 0.5, threads, device)
+    data = config.data.replaced(crop=WholeFrame(), flip=0.0)
+    shown = tuple(scenes[number] for number in mine)
+    dataset = AvaDataset(data, config.request, scenes=shown, is_training=False)
+    spec = PipelineSpec(dataset, batch, threads, device)
     entries, left_out = [Entry(scenes[number].path, None) for number in mine], {}
     columns = np.array(actions) - 1
     found: dict[int, tuple[np.ndarray, ...]] = {}  # of a scene: boxes, actions, scores, best first
     with ThreadPoolExecutor(threads) as pool, torch.inference_mode():
-        samples = samples_of(pool, kind, entries, threads, left_out, on_scene)
+        samples = samples_of(pool, dataset, entries, threads, left_out, on_scene)
         for video, index in batches_of(spec, samples) if mine else ():
             # The whole frame is shown: shares of it are shares of the input, whatever its size.
-            extra = kind.collate([kind.annotate(1, 1, SampleKey(0, 0, number)) for number in index])
+            extra = dataset.collate([dataset.boxes(SampleKey(0, 0, number), 1, 1) for number in index])
             boxes, box_clip = (torch.from_numpy(extra[name]).to(device) for name in ("boxes", "box_clip"))
             chances = model(video, boxes, box_clip).float().sigmoid().cpu().numpy()[:, columns]
             for place, number in enumerate(index):
-                scene = kind.scenes[number]
+                scene = shown[number]
                 scores = (chances[extra["box_clip"] == place] * scene.scores[:, None]).ravel()
                 best = np.argsort(-scores, kind="stable")[:MOST]
                 person, action = np.divmod(best, len(actions))
@@ -202,7 +195,7 @@ def _with_progress(
     from rich.console import Console
     from rich.progress import Progress
 
-    from mvd_fast.teachers import DTYPES
+    from mvd_fast.models.frozen import DTYPES
 
     device = launch.device(args.device)
     model = model.to(device, DTYPES[args.precision])

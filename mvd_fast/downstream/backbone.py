@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mvd_fast.config import IMAGENET_MEAN, IMAGENET_STD
+from mvd_fast.config.base import IMAGENET_MEAN, IMAGENET_STD
+from mvd_fast.config.run import DataRequest
+from mvd_fast.data.clips import Center
+from mvd_fast.data.crops import CenterCrop
+from mvd_fast.data.datasets.video import Config, VideoDataset
 from mvd_fast.interop.convert import read_network
 from mvd_fast.interop.network import Network, resized
 from mvd_fast.interop.weights import WeightsError, load_into
 from mvd_fast.models import ImageTeacher
 from mvd_fast.models.videomae import VideoEncoder
 from mvd_kernels import AddLayerNorm
+
+Views = TypeVar("Views", bound=VideoDataset)
 
 # Where neither the checkpoint nor the user says otherwise.
 SAMPLING_RATE = 4
@@ -32,6 +37,12 @@ class Preprocessing:
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    def dataset(self, kind: type[Views], **fields: Any) -> Views:
+        """Of centred clips and crops of files that are named one by one."""
+        clip = Center(sampling_rate=self.sampling_rate)
+        data = Config(train="", clip=clip, crop=CenterCrop(), mean=self.mean, std=self.std)
+        return kind(data, DataRequest(data.gives, self.image_size, self.num_frames), **fields)
 
 
 class Backbone(nn.Module):
@@ -95,10 +106,8 @@ def load_backbone(
 
 
 def _encoder(network: Network) -> nn.Module:
-    names = ["image_size", "patch_size", "embed_dim", "depth", "num_heads"]
-    names += ["num_frames", "tubelet_size"] if network.is_video else []
-    sizes: Mapping[str, Any] = asdict(network.sizes)
-    encoder = (VideoEncoder if network.is_video else ImageTeacher)(**{name: sizes[name] for name in names})
+    sizes = network.sizes
+    encoder = VideoEncoder(sizes.clip) if network.is_video else ImageTeacher(sizes.image)
     own = encoder.state_dict()
     kept = {name: value for name, value in own.items() if name.startswith(("norm.", "pos_embed"))}
     load_into(encoder, {**kept, **network.encoder}, "the checkpoint")

@@ -224,7 +224,7 @@ def _open(args: argparse.Namespace) -> _Opened:
     """The network on its device."""
     from rich.console import Console
 
-    from mvd_fast.teachers import DTYPES
+    from mvd_fast.models.frozen import DTYPES
 
     from .backbone import load_backbone
 

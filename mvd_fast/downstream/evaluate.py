@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvd_fast.arguments import add_checkpoint_arguments, add_network_arguments, positive
-from mvd_fast.config import EvaluationConfig
 from mvd_fast.errors import UserError
 from mvd_fast.files import make_folder, write_text, written_aside
 from mvd_fast.names import printable
 from mvd_fast.training import launch
+
+from .settings import EvaluationConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out and find_spec("matplotlib") is None:
         raise UserError("--out draws with matplotlib, which is not installed: `pip install matplotlib`")
 
-    from mvd_fast.teachers import DTYPES
+    from mvd_fast.models.frozen import DTYPES
 
     with launch.init_process_group(alone=False) as rank:
         with launch.errors_together():
@@ -76,7 +77,7 @@ def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, Preprocessing,
 
     Raises WeightsError (a ValueError) for a checkpoint that is damaged, incomplete or no classifier.
     """
-    from mvd_fast.config import IMAGENET_MEAN, IMAGENET_STD
+    from mvd_fast.config.base import IMAGENET_MEAN, IMAGENET_STD
     from mvd_fast.interop.convert import read_network
     from mvd_fast.interop.storage import class_names
     from mvd_fast.interop.weights import WeightsError, load_into
@@ -97,8 +98,7 @@ def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, Preprocessing,
     if faults.missing or faults.reshaped:
         raise WeightsError(f"{args.checkpoint} is not complete: {'; '.join(faults.lines(most=4))}")
     s = network.sizes
-    sizes = ("image_size", "patch_size", "num_frames", "tubelet_size", "embed_dim", "depth", "num_heads", "num_classes")
-    model = VideoClassifier(**{name: getattr(s, name) for name in sizes})
+    model = VideoClassifier(s.clip, s.num_classes)
     own = model.state_dict()
     load_into(model, {name: value for name, value in network.state.items() if name in own}, args.checkpoint)
     model.positions.copy_(network.table)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvd_fast.config import RunConfig
+from mvd_fast.config.run import RunConfig
 from mvd_fast.data import build_loader
+from mvd_fast.data.clips import Center
 from mvd_fast.data.lists import read_dataset
+from mvd_fast.data.loader import DataSetup
 
 # Clip float [B, 3, T, H, W] (normalised) -> one feature per token, [B, N, C], time slowest.
 Network = Callable[[Tensor], Tensor]
@@ -38,9 +40,10 @@ def clip_features(
     config: the run whose data settings and model shape are used. All clips are seen: the batch is lowered to a
     divisor of their number.
     """
-    data = config.data.model_copy(update={"train": clips, "clip": "center", "masks_per_clip": 1})
+    data = config.data.replaced(train=clips, clip=Center(sampling_rate=config.data.sampling_rate))
     batch = math.gcd(len(read_dataset(clips, data.root)), batch)
-    loader = build_loader(config.model_copy(update={"data": data}), 0, 1, device, batch, 1)
+    setup = DataSetup(data, replace(config.request, masks=None, views=None), config.seed)
+    loader = build_loader(setup, 0, 1, device, batch, 1)
     pooled: dict[str, list[Tensor]] = {name: [] for name in networks}
     similarity: dict[str, Tensor] = {name: torch.zeros(()) for name in networks}
     index = []

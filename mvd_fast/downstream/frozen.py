@@ -14,15 +14,15 @@ from nvidia.dali.pipeline import DataNode
 from torch import Tensor
 
 from mvd_fast.data import media
-from mvd_fast.data.crops import Crop
-from mvd_fast.data.kinds import Inputs
-from mvd_fast.data.kinds.video import VideoKind, decoded_video
+from mvd_fast.data.datasets import Dataset
+from mvd_fast.data.datasets.video import VideoDataset
+from mvd_fast.data.graph import decoded_video, normalised
+from mvd_fast.data.inputs import Inputs
 from mvd_fast.data.lists import Entry
 from mvd_fast.data.pipeline import PipelineSpec, build_pipeline, outputs_to_torch
 from mvd_fast.data.sampling import (
     Box,
     SampleKey,
-    center_clip,
     clip_indices,
     dense_view,
     start_choices,
@@ -39,7 +39,7 @@ PADDING_SEED = 1  # of the samples that fill up the last batch; all others have 
 
 
 @dataclass(frozen=True)
-class ViewKind(VideoKind):
+class UniformViews(VideoDataset):
     """`views` clips per video at uniform distances from its start to its end; one: the centre. The view's number is the
     key's epoch."""
 
@@ -50,13 +50,13 @@ class ViewKind(VideoKind):
 
     def frames(self, facts: media.VideoInfo, key: SampleKey) -> np.ndarray:
         if self.views == 1:
-            return center_clip(facts.frames, self.num_frames, self.sampling_rate)
-        last = start_choices(facts.frames, self.num_frames, self.sampling_rate) - 1
-        return clip_indices(facts.frames, self.num_frames, self.sampling_rate, key.epoch * last // (self.views - 1))
+            return super().frames(facts, key)
+        shape = facts.frames, self.request.num_frames, self.data.sampling_rate
+        return clip_indices(*shape, key.epoch * (start_choices(*shape) - 1) // (self.views - 1))
 
 
 @dataclass(frozen=True)
-class MultiView(VideoKind):
+class MultiView(VideoDataset):
     """The test views of a video, as the authors take them: `clips` in time, each in `crops` along the longer side."""
 
     sampling: str = "dense"
@@ -70,7 +70,7 @@ class MultiView(VideoKind):
     def load_views(self, path: str, facts: media.VideoInfo, number: int) -> list[Inputs]:
         """The crops of a clip side by side. The box holds where the crop starts and the resized frame's
         height and width."""
-        size, views = self.crop.size, []
+        size, views = self.request.image_size, []
         for clip in range(self.clips):
             frames = media.decode_frames(path, self._frames(facts.frames, clip), facts)
             whole = Inputs.of_pixels(frames, Box(0, 0, *frames.shape[1:3]), flip=False)
@@ -81,17 +81,17 @@ class MultiView(VideoKind):
 
     def _frames(self, video_frames: int, clip: int) -> np.ndarray:
         if self.sampling == "uniform":
-            return uniform_view(video_frames, self.num_frames, clip, self.clips)
-        return dense_view(video_frames, self.num_frames, self.sampling_rate, clip, self.clips)
+            return uniform_view(video_frames, self.request.num_frames, clip, self.clips)
+        return dense_view(video_frames, self.request.num_frames, self.data.sampling_rate, clip, self.clips)
 
     def graph(self, inputs: Inputs, device: str) -> DataNode:
         """The whole frame resized, then cropped: a crop of the source would start between two of its pixels."""
         pixels = fn.resize(
             decoded_video(inputs, device), size=fn.cast(inputs.box[2:4], dtype=types.FLOAT), antialias=True
         )
-        size = self.crop.size
+        size = self.request.image_size
         pixels = fn.slice(pixels, start=inputs.box[0:2], shape=[size, size], axes=(1, 2))
-        return self.crop.normalised(pixels, inputs, layout="CFHW")
+        return normalised(pixels, inputs, self.data, "CFHW")
 
 
 @dataclass
@@ -126,15 +126,12 @@ def frozen_features(
 
     Raises UserError if not one file can be used, or a feature is not finite.
     """
-    crop = Crop("center", clips.image_size, (), (1.0, 1.0), 0.0, clips.mean, clips.std)
-    kind = ViewKind(clips.num_frames, clips.sampling_rate, True, crop, frozenset(), views=views)
-    # The pipeline's mask is not used here; a grid of two tokens costs nothing.
-    spec = PipelineSpec(kind, batch, (1, 1, 2), 0.5, threads, device)
+    spec = PipelineSpec(clips.dataset(UniformViews, views=views), batch, threads, device)
     bad: dict[str, str] = {}
     pooled: dict[int, list[Tensor]] = {}
     tokens: dict[int, list[Tensor]] = {}
     with ThreadPoolExecutor(threads) as pool:
-        samples = samples_of(pool, kind, entries, threads, bad, on_file)
+        samples = samples_of(pool, spec.dataset, entries, threads, bad, on_file)
         for video, index in batches_of(spec, samples):
             x = backbone.tokens(video)
             for number, mean in zip(index, backbone.pool(x).cpu(), strict=True):
@@ -157,7 +154,7 @@ def frozen_features(
 
 def samples_of(
     pool: ThreadPoolExecutor,
-    kind: VideoKind,
+    dataset: Dataset,
     entries: Sequence[Entry],
     threads: int,
     bad: dict[str, str],
@@ -168,7 +165,7 @@ def samples_of(
     def load(number: int) -> list[Sample] | str:
         try:
             path = entries[number].path
-            views = kind.load_views(path, kind.check(path), number)
+            views = dataset.load_views(path, dataset.check(path), number)
             return [Sample(Choice(SampleKey(0, view, number)), inputs) for view, inputs in enumerate(views)]
         except media.BadFile as error:
             return str(error)

@@ -6,15 +6,13 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvd_fast.config import RunConfig
 from mvd_fast.data import media
-from mvd_fast.data.crops import Crop
 from mvd_fast.data.labels import class_names, read_labelled
 from mvd_fast.data.lists import Entry
 from mvd_fast.data.pipeline import PipelineSpec
@@ -22,9 +20,12 @@ from mvd_fast.errors import UserError
 from mvd_fast.names import printable
 from mvd_fast.training import launch
 
-from .backbone import Preprocessing
+from .backbone import SAMPLING_RATE, Preprocessing
 from .frozen import MultiView, batches_of, samples_of
 from .results import gather_results
+
+if TYPE_CHECKING:
+    from mvd_fast.config.run import RunConfig
 
 TOP = 5
 
@@ -94,19 +95,15 @@ def predict(
     mine = launch.shard(len(entries))
     bad: dict[str, str] = {}
     sums: dict[int, Tensor] = {}
-    crop = Crop("center", clips.image_size, (), (1.0, 1.0), 0.0, clips.mean, clips.std)
-    kind = MultiView(
-        clips.num_frames, clips.sampling_rate, True, crop, frozenset(),
-        sampling=views.sampling, clips=views.clips, crops=views.crops,
-    )  # fmt: skip
-    spec = PipelineSpec(kind, batch, (1, 1, 2), 0.5, threads, device)  # its mask is not used here
+    dataset = clips.dataset(MultiView, sampling=views.sampling, clips=views.clips, crops=views.crops)
+    spec = PipelineSpec(dataset, batch, threads, device)
     with ThreadPoolExecutor(threads) as pool:
-        samples = samples_of(pool, kind, [entries[i] for i in mine], threads, bad, on_file)
+        samples = samples_of(pool, dataset, [entries[i] for i in mine], threads, bad, on_file)
         for video, numbers in batches_of(spec, samples) if mine else ():
             scores = network(video.to(dtype)).float().softmax(1).cpu()
             for number, score in zip(numbers, scores, strict=True):
                 sums[mine[number]] = sums[mine[number]] + score if mine[number] in sums else score
-    means = {number: (total / kind.views).numpy() for number, total in sums.items()}
+    means = {number: (total / dataset.views).numpy() for number, total in sums.items()}
     means, bad = gather_results(means, bad, len(entries), "videos")
     stacked = torch.from_numpy(np.stack(list(means.values())))
     found = [entries[number] for number in means]
@@ -129,9 +126,8 @@ class Validation:
         if found.note and launch.placement().rank == 0:
             log.warning("evaluation.list: %s", found.note)
         self.entries = found.entries
-        self.clips = Preprocessing(
-            config.model.num_frames, data.sampling_rate, config.model.image_size, data.mean, data.std
-        )
+        rate = data.sampling_rate or SAMPLING_RATE  # clips of segments have none: their views are uniform
+        self.clips = Preprocessing(config.model.num_frames, rate, config.model.image_size, data.mean, data.std)
         self.views = Views(evaluation.sampling)
         self.batch, self.threads, self.device = evaluation.batch, data.threads, device
 

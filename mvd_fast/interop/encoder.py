@@ -15,7 +15,7 @@ def load_encoder(model: nn.Module, checkpoint: str | Path) -> None:
     """Puts the encoder of any video checkpoint that `mvd-fast convert` reads into `model`: `patch_embed`, `blocks`,
     `pos_embed` and, where both have it, `norm`. Everything else stays as it is.
 
-    model: with `image_size`, `num_frames` and the student's parameter names. Position tables are remade for its
+    model: with a ClipConfig as `config` and the student's parameter names. Position tables are remade for its
     clips. Raises WeightsError (a ValueError) for a checkpoint that is damaged, of images, incomplete or of other sizes.
     """
     _, _, network, faults = read_network(checkpoint)
@@ -33,7 +33,7 @@ def load_encoder(model: nn.Module, checkpoint: str | Path) -> None:
         raise WeightsError(
             f"{checkpoint} has {network.sizes.num_heads} attention heads, model.num_heads is {heads}; make them equal"
         )
-    network, _ = resized(network, model.image_size, model.num_frames)
+    network, _ = resized(network, model.config.image_size, model.config.num_frames)
     own = model.state_dict()
     found = network.encoder | {"pos_embed": network.table}
     kept = {name: value for name, value in own.items() if not name.startswith(("patch_embed.", "blocks."))}

@@ -7,6 +7,7 @@ everything else is a pre-training decoder's and keeps the name that it has in it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvd_fast.config.network import ClipConfig, DecoderConfig, ViTConfig
 from mvd_fast.errors import UserError
 from mvd_fast.models import ImageTeacher, MaskedAutoencoder, MaskedVideoStudent, VideoClassifier, VideoMAE
 from mvd_fast.models.layers import LN_EPS
+from mvd_fast.models.student import RELEASED, TargetDecoder
 from mvd_fast.models.videomae import VideoEncoder
 
 from . import tables
@@ -36,7 +39,9 @@ TITLES = {
 }
 ENCODER = ("patch_embed.", "blocks.", "norm.", "cls_token", "pos_embed")
 HEAD = ("fc_norm.", "head.")
-BRANCHES = ("decoder_img.", "decoder_vid.", "down_img.", "down_vid.")
+CLIP_SIZES = ("image_size", "patch_size", "num_frames", "tubelet_size", "embed_dim", "depth", "num_heads")
+IMAGE_SIZES = tuple(name for name in CLIP_SIZES if name not in ("num_frames", "tubelet_size"))
+DECODER = re.compile(r"(?:down|decoder)_(\w+)\.")  # of a student; an image network's is `decoder_blocks`, ...
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,24 @@ class Sizes:
     num_classes: int = 0
     decoder_dim: int = 0
     decoder_depth: int = 0
-    image_target_dim: int = 0
-    video_target_dim: int = 0
+    decoders: tuple[TargetDecoder, ...] = ()  # a student's
     # Of the blocks' and the final norms; of `fc_norm` and of a decoder's last norm.
     norm_eps: float = LN_EPS
     head_eps: float = LN_EPS
 
     @property
+    def clip(self) -> ClipConfig:
+        """Of an encoder of clips."""
+        return ClipConfig(**{name: getattr(self, name) for name in CLIP_SIZES})
+
+    @property
+    def image(self) -> ViTConfig:
+        """Of an encoder of images."""
+        return ViTConfig(**{name: getattr(self, name) for name in IMAGE_SIZES})
+
+    @property
     def grid(self) -> tables.Grid:
-        side = self.image_size // self.patch_size
-        return self.num_frames // self.tubelet_size, side, side
+        return self.clip.grid
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ def recognise(state: Mapping[str, Tensor], facts: Mapping[str, Any], source: str
 def _kind(state: Mapping[str, Tensor]) -> str:
     if state["patch_embed.proj.weight"].ndim == 4:
         return "mae"
-    if any(name.startswith(BRANCHES) for name in state):
+    if any(DECODER.match(name) for name in state):
         return "student"
     if any(name.startswith(("decoder.", "encoder_to_decoder.")) for name in state):
         return "videomae"
@@ -148,10 +161,7 @@ def _read_sizes(kind: str, state: Mapping[str, Tensor], source: str) -> dict[str
     found["tubelet_size"] = patch[2] if kind != "mae" else 1
     found["num_classes"] = len(state["head.weight"]) if "head.weight" in state else 0
     if kind == "student":
-        found["decoder_dim"] = len(_first(state, source, "down_img.weight", "down_vid.weight"))
-        found["decoder_depth"] = _depth(state, "decoder_img.blocks.") or _depth(state, "decoder_vid.blocks.")
-        for target, branch in (("image_target_dim", "img"), ("video_target_dim", "vid")):
-            found[target] = len(_first(state, source, f"decoder_{branch}.head.weight"))
+        found["decoders"] = tuple(_decoder_of(suffix, state, source) for suffix in _suffixes(state))
     elif kind == "videomae":
         found["decoder_dim"] = len(_first(state, source, "encoder_to_decoder.weight", "decoder.norm.weight"))
         found["decoder_depth"] = _depth(state, "decoder.blocks.")
@@ -159,6 +169,23 @@ def _read_sizes(kind: str, state: Mapping[str, Tensor], source: str) -> dict[str
         found["decoder_dim"] = len(_first(state, source, "decoder_embed.weight", "decoder_norm.weight"))
         found["decoder_depth"] = _depth(state, "decoder_blocks.")
     return found
+
+
+def _suffixes(state: Mapping[str, Tensor]) -> list[str]:
+    """Of the decoders that a student has, in the order of its weights, or that it should have."""
+    named = (DECODER.match(name) for name in state)
+    return list(dict.fromkeys(found[1] for found in named if found)) or list(RELEASED.values())
+
+
+def _decoder_of(suffix: str, state: Mapping[str, Tensor], source: str) -> TargetDecoder:
+    names = {released: target for target, released in RELEASED.items()}
+    return TargetDecoder(
+        target=names.get(suffix, suffix),
+        dim=len(_first(state, source, f"down_{suffix}.weight", f"decoder_{suffix}.norm.weight")),
+        depth=_depth(state, f"decoder_{suffix}.blocks."),
+        num_heads=1,
+        target_dim=len(_first(state, source, f"decoder_{suffix}.head.weight")),
+    )
 
 
 def _positions(
@@ -259,42 +286,33 @@ def expected_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _sizes(network: Network, *without: str) -> dict[str, int]:
-    names = ("image_size", "patch_size", "num_frames", "tubelet_size", "embed_dim", "depth", "num_heads")
-    return {name: getattr(network.sizes, name) for name in names if name not in without}
-
-
-def _decoder(network: Network) -> dict[str, int]:
-    s = network.sizes
-    return {"decoder_dim": s.decoder_dim, "decoder_depth": s.decoder_depth, "decoder_heads": 1}
+def _decoder(network: Network) -> DecoderConfig:
+    return DecoderConfig(dim=network.sizes.decoder_dim, depth=network.sizes.decoder_depth, num_heads=1)
 
 
 def _student(network: Network) -> nn.Module:
-    s = network.sizes
-    targets = {"image_target_dim": s.image_target_dim, "video_target_dim": s.video_target_dim}
-    return MaskedVideoStudent(**_sizes(network), **_decoder(network), **targets)
+    return MaskedVideoStudent(network.sizes.clip, network.sizes.decoders)
 
 
 def _image(network: Network) -> nn.Module:
-    sizes = _sizes(network, "num_frames", "tubelet_size")
     if _has_image_decoder(network.state):
-        return MaskedAutoencoder(**sizes, **_decoder(network))
-    return ImageTeacher(**sizes)
+        return MaskedAutoencoder(network.sizes.image, _decoder(network))
+    return ImageTeacher(network.sizes.image)
 
 
 def _detector(network: Network) -> nn.Module:
     from mvd_fast.models.detector import ActionDetector  # with torchvision
 
-    return ActionDetector(**_sizes(network), num_classes=network.sizes.num_classes)
+    return ActionDetector(network.sizes.clip, network.sizes.num_classes)
 
 
 _BUILDERS = {
     "student": _student,
-    "videomae": lambda network: VideoMAE(**_sizes(network), **_decoder(network)),
+    "videomae": lambda network: VideoMAE(network.sizes.clip, _decoder(network)),
     "mae": _image,
-    "classifier": lambda network: VideoClassifier(**_sizes(network), num_classes=network.sizes.num_classes),
+    "classifier": lambda network: VideoClassifier(network.sizes.clip, network.sizes.num_classes),
     "detector": _detector,
-    "encoder": lambda network: VideoEncoder(**_sizes(network)),
+    "encoder": lambda network: VideoEncoder(network.sizes.clip),
 }
 
 
@@ -332,4 +350,4 @@ def _require_multiple(option: str, value: int, parts: str, size: int) -> None:
         raise UserError(f"{option} {value} does not divide into {parts} of {size}")
 
 
-SIZE_FIELDS = {f.name: float if "eps" in f.name else int for f in fields(Sizes)}
+SIZE_FIELDS = {f.name: float if "eps" in f.name else int for f in fields(Sizes) if f.name != "decoders"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mvd_fast.files import BEST, WEIGHTS, written_aside
+from mvd_fast.config.run import RunConfig
+from mvd_fast.files import WEIGHTS, written_aside
 from mvd_fast.names import printable
 
 from .network import SIZE_FIELDS, Network
 from .weights import WeightsError, read_weights
 
 CLASSES = "classes"  # of a file's metadata: the names of the classes by number, as JSON
+RUN = "run"  # likewise, of a run's weights: see `run_metadata`
+KINDS_OF_TASKS = {
+    "distill": "student",
+    "mae": "mae",
+    "videomae": "videomae",
+    "classify": "classifier",
+    "detect": "detector",
+}
 CONFIG, MANIFEST, BIN, CHECKPOINTS = "config.json", "manifest.json", "pytorch_model.bin", "checkpoints"
 FILE_ENDINGS = (".safetensors", ".pth", ".pt")
 
@@ -103,17 +112,15 @@ def _verified(checkpoint: Path) -> Path:
 
 
 def _facts_of_file(file: Path) -> dict[str, Any]:
-    """Of a file that `save_weights` wrote, its metadata; of a run's, what the run's config says; the classes' names of
-    both."""
+    """What a .safetensors file that a run or `save_weights` wrote says of itself."""
     metadata = read_metadata(file) if file.suffix == ".safetensors" else {}
     named = {CLASSES: names} if (names := read_classes(metadata)) else {}
+    if RUN in metadata:
+        return _facts_of_run(json.loads(metadata[RUN])) | named
     if "architecture" in metadata:
         facts = {name: parse(metadata[name]) for name, parse in SIZE_FIELDS.items() if name in metadata}
         return facts | {"positions": metadata["positions"]} | named
-    run = file.parents[2] if file.parent.parent.name == CHECKPOINTS else file.parent
-    config = run / CONFIG
-    of_run = _facts_of_run(_read_json(config)) if file.name in (WEIGHTS, BEST) and config.is_file() else {}
-    return of_run | named
+    return named
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -138,16 +145,25 @@ def class_names(source: Source, network: Network) -> tuple[str, ...]:
     return names if names and len(names) == network.sizes.num_classes else ()
 
 
-def _facts_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
-    model = config.get("model")
-    if not isinstance(model, dict) or "kind" not in model:
-        return {}
-    facts = {name: model[name] for name in ("kind", "num_heads", "image_size", "num_frames") if name in model}
+def run_metadata(config: RunConfig, class_names: Sequence[str]) -> dict[str, str]:
+    """What the weights of a run say of themselves: its task, the sizes of its network, how clips are shown to it, and
+    its classes."""
+    said = config.model_dump(mode="json", include={"task", "model", "evaluation"})
+    data = config.data
+    shown = {"mean": data.mean, "std": data.std, "sampling_rate": getattr(data, "sampling_rate", None)}
+    said["data"] = {name: value for name, value in shown.items() if value is not None}
+    return {RUN: json.dumps(said), **classes_metadata(class_names)}
+
+
+def _facts_of_run(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `run_metadata` wrote."""
+    kind = KINDS_OF_TASKS.get(said["task"])
+    names = ("num_heads", "image_size", "num_frames")
+    facts = {"kind": kind} | {name: said["model"][name] for name in names if name in said["model"]}
     # Our networks' positions: VideoMAE's are 1-D, all other video networks' are MVD's.
-    facts |= {} if model["kind"] == "mae" else {"positions": "1d" if model["kind"] == "videomae" else "3d"}
-    facts |= {"evaluation": config["evaluation"]} if "evaluation" in config else {}
-    data = config.get("data", {})
-    return facts | {name: data[name] for name in ("mean", "std", "sampling_rate") if name in data}
+    facts |= {} if kind in (None, "mae") else {"positions": "1d" if kind == "videomae" else "3d"}
+    facts |= {"evaluation": said["evaluation"]} if "evaluation" in said else {}
+    return facts | said["data"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -184,7 +200,7 @@ def metadata(network: Network, layout: str, source: Source) -> dict[str, str]:
         "architecture": network.kind,
         "layout": layout,
         "positions": network.positions,
-        **{name: repr(value) for name, value in asdict(network.sizes).items()},
+        **{name: repr(getattr(network.sizes, name)) for name in SIZE_FIELDS},
         **classes_metadata(class_names(source, network)),
         "source": printable(source.name),
         "mvd_fast": our_version(),

@@ -1,29 +1,23 @@
-"""Networks. One file per family; `model.kind` in a config names the file whose `build` makes the trained network."""
+"""Networks: one file per family. Each is made from one object with its sizes (mvd_fast.config.network)."""
 
 from __future__ import annotations
 
-from importlib import import_module
-
-from torch import nn
-
-from mvd_fast.config import ModelConfig, TeachersConfig
+from mvd_fast.config.network import ClipConfig, DecoderConfig, ViTConfig
 
 from .classifier import VideoClassifier
 from .mae import ImageTeacher, MaskedAutoencoder
-from .student import MaskedVideoStudent
+from .student import MaskedVideoStudent, TargetDecoder
 from .videomae import VideoMAE, VideoTeacher
 
 __all__ = [
+    "ClipConfig",
+    "DecoderConfig",
     "ImageTeacher",
     "MaskedAutoencoder",
     "MaskedVideoStudent",
+    "TargetDecoder",
+    "ViTConfig",
     "VideoClassifier",
     "VideoMAE",
     "VideoTeacher",
-    "build_model",
 ]
-
-
-def build_model(config: ModelConfig, teachers: TeachersConfig) -> nn.Module:
-    """The network that a run trains, freshly initialised from torch's global generator."""
-    return import_module(f"mvd_fast.models.{config.kind}").build(config, teachers)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
-from mvd_fast.config import OF_PRE_TRAINING, ModelConfig, TeachersConfig
+from mvd_fast.config.network import ClipConfig
 
 from .layers import LN_EPS, ClipEncoder, init_linear, linear_flops
 from .positions import sincos_3d
@@ -19,26 +17,13 @@ class VideoClassifier(ClipEncoder):
     """
 
     def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        num_frames: int,
-        tubelet_size: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        num_classes: int,
-        drop_path: float = 0.0,
-        head_dropout: float = 0.0,
-        head_scale: float = 0.001,
-        activation_checkpointing: bool = False,
+        self, config: ClipConfig, num_classes: int, head_dropout: float = 0.0, head_scale: float = 0.001
     ) -> None:
-        encoder = (image_size, patch_size, num_frames, tubelet_size, embed_dim, depth, num_heads)
-        super().__init__(*encoder, drop_path, activation_checkpointing)
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=LN_EPS)
+        super().__init__(config)
+        self.fc_norm = nn.LayerNorm(config.embed_dim, eps=LN_EPS)
         self.dropout = nn.Dropout(head_dropout)
-        self.head = nn.Linear(embed_dim, num_classes)
-        self.register_buffer("positions", sincos_3d(embed_dim, *self.grid), persistent=False)
+        self.head = nn.Linear(config.embed_dim, num_classes)
+        self.register_buffer("positions", sincos_3d(config.embed_dim, *self.grid), persistent=False)
         init_linear(self)
         self.head.weight.data.mul_(head_scale)
 
@@ -52,10 +37,4 @@ class VideoClassifier(ClipEncoder):
 
     def flops(self) -> float:
         """Forward FLOP per clip."""
-        return self.encoder_flops(math.prod(self.grid)) + linear_flops(1, *self.head.weight.shape)
-
-
-def build(config: ModelConfig, teachers: TeachersConfig) -> VideoClassifier:
-    """The classifier of a run, fresh."""
-    assert config.num_classes is not None, "checked when the config is loaded"
-    return VideoClassifier(**config.model_dump(exclude={"kind", "init", *OF_PRE_TRAINING}))
+        return self.encoder_flops(self.config.num_tokens) + linear_flops(1, *self.head.weight.shape)

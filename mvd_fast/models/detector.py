@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from mvd_fast.config import OF_PRE_TRAINING, ModelConfig, TeachersConfig
+from mvd_fast.config.network import ClipConfig
 from mvd_kernels import AddLayerNorm
 
 from .layers import LN_EPS, ClipEncoder, check_shape, frozen, init_linear
@@ -25,25 +23,11 @@ class ActionDetector(ClipEncoder):
     layer. `head_scale` shrinks the head's initial weights. The encoder's parameters have the student's names.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        num_frames: int,
-        tubelet_size: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        num_classes: int,
-        drop_path: float = 0.0,
-        head_scale: float = 0.001,
-        activation_checkpointing: bool = False,
-    ) -> None:
-        encoder = (image_size, patch_size, num_frames, tubelet_size, embed_dim, depth, num_heads)
-        super().__init__(*encoder, drop_path, activation_checkpointing)
-        self.pos_embed = frozen(sincos_3d(embed_dim, *self.grid))
-        self.norm = AddLayerNorm(embed_dim, eps=LN_EPS)
-        self.head = nn.Linear(embed_dim, num_classes)
+    def __init__(self, config: ClipConfig, num_classes: int, head_scale: float = 0.001) -> None:
+        super().__init__(config)
+        self.pos_embed = frozen(sincos_3d(config.embed_dim, *self.grid))
+        self.norm = AddLayerNorm(config.embed_dim, eps=LN_EPS)
+        self.head = nn.Linear(config.embed_dim, num_classes)
         init_linear(self)
         self.head.weight.data.mul_(head_scale)
 
@@ -65,10 +49,4 @@ class ActionDetector(ClipEncoder):
 
     def flops(self) -> float:
         """Forward FLOP per clip, without the few of its boxes."""
-        return self.encoder_flops(math.prod(self.grid))
-
-
-def build(config: ModelConfig, teachers: TeachersConfig) -> ActionDetector:
-    """The detector of a run, fresh."""
-    assert config.num_classes is not None, "checked when the config is loaded"
-    return ActionDetector(**config.model_dump(exclude={"kind", "init", "head_dropout", *OF_PRE_TRAINING}))
+        return self.encoder_flops(self.config.num_tokens)

@@ -1,14 +1,37 @@
-"""Linear layers of frozen networks in bf16 on a CPU: oneDNN's own order of the weight, GELU in the product."""
+"""Frozen networks: their precision, and on a CPU oneDNN's own order of the weights, with GELU in the product."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvd_fast.config.base import TeacherPrecision
+from mvd_kernels import Linear8bit
+
 from .layers import frozen
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def to_precision(network: nn.Module, precision: TeacherPrecision) -> nn.Module:
+    """The frozen network in `precision`; 8 bits are for its blocks' linear layers, the rest is bf16 then."""
+    plain = precision in DTYPES
+    make = FrozenLinear.from_linear if plain else partial(Linear8bit.from_linear, format=precision)
+    for module in list(network.modules()):
+        if hasattr(module, "freeze"):
+            module.freeze(make)
+    return network.to(DTYPES[precision] if plain else torch.bfloat16)
+
+
+def compile_frozen(network: nn.Module) -> None:
+    """From its first call on the forward pass is compiled as one graph; on a GPU it is replayed as a CUDA graph, whose
+    results are copied before the next call overwrites them. Another batch size is compiled anew."""
+    compiled = torch.compile(network.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    network.forward = lambda pixels: compiled(pixels).clone()
 
 
 class FrozenLinear(nn.Module):

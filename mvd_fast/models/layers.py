@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mvd_fast.config.network import ClipConfig, DecoderConfig
 from mvd_kernels import (
     AddLayerNorm,
     attention,
     embed_visible_tubes,
-    linear_smooth_l1,
     scatter_mask_tokens,
 )
 
@@ -177,35 +177,21 @@ class TubeletEmbed(nn.Module):
 class ClipEncoder(nn.Module):
     """Tubes of clips and the blocks over them: what every network of videos begins with."""
 
-    def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        num_frames: int,
-        tubelet_size: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        drop_path: float = 0.0,
-        activation_checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, config: ClipConfig) -> None:
         super().__init__()
-        side = image_size // patch_size
-        self.grid = (num_frames // tubelet_size, side, side)
-        self.image_size, self.num_frames, self.embed_dim = image_size, num_frames, embed_dim
-        self.recompute = activation_checkpointing
-        self.patch_embed = TubeletEmbed(embed_dim, tubelet_size, patch_size)
-        self.blocks = make_blocks(embed_dim, depth, num_heads, drop_path)
+        self.config, self.grid = config, config.grid
+        self.patch_embed = TubeletEmbed(config.embed_dim, config.tubelet_size, config.patch_size)
+        self.blocks = make_blocks(config.embed_dim, config.depth, config.num_heads, config.drop_path)
 
     def encode_tubes(self, video: Tensor, pos: Tensor, index: Tensor | None = None) -> Pending:
         """video [B, 3, T, H, W], pos [1, N, D] -> tokens [B, N, D], or [B, M, D] for index int64 [B, M]."""
-        check_video(video, self.num_frames, self.image_size)
-        return run_blocks(self.blocks, self.patch_embed(video, pos, index), self.recompute)
+        check_video(video, self.config)
+        return run_blocks(self.blocks, self.patch_embed(video, pos, index), self.config.activation_checkpointing)
 
     def encoder_flops(self, tokens: int) -> float:
         """Forward FLOP of one clip with so many tokens."""
-        embed = linear_flops(tokens, self.patch_embed.pixels, self.embed_dim)
-        return embed + len(self.blocks) * block_flops(tokens, self.embed_dim)
+        embed = linear_flops(tokens, self.patch_embed.pixels, self.config.embed_dim)
+        return embed + len(self.blocks) * block_flops(tokens, self.config.embed_dim)
 
 
 class MaskTokens(nn.Linear):
@@ -216,43 +202,29 @@ class MaskTokens(nn.Linear):
         return scatter_mask_tokens(x, self.weight, self.bias, token, pos, visible, masked)
 
 
-class Target(NamedTuple):
-    """A teacher's features [B, N, C], those that a head predicts (int64 [B, M]), and whether they are normalised."""
-
-    features: Tensor
-    index: Tensor
-    normalize: bool = False
-
-
-class Head(nn.Linear):
-    """The last layer of a decoder: predictions or, given the target, their smooth-L1 loss, never holding either."""
-
-    def forward(self, x: Tensor, target: Target | None = None) -> Tensor:
-        """x [B, M, D] -> [B, M, C], or a float32 scalar: the mean over all tokens and channels.
-
-        With a target x may be [B S, M, D] and the target's index [B, S M]: S masks of each clip.
-        """
-        if target is None:
-            return super().forward(x)
-        features, index, normalize = target
-        x = x.reshape(*index.shape, x.shape[-1])
-        return linear_smooth_l1(x, self.weight, self.bias, features, index, normalize_target=normalize)
-
-
 class Decoder(nn.Module):
     """Blocks over all tokens (the last: for the outputs alone), LayerNorm and a linear head on the last tokens."""
 
-    def __init__(self, dim: int, depth: int, num_heads: int, output_dim: int, drop_path: float = 0.0) -> None:
+    def __init__(self, config: DecoderConfig, output_dim: int, drop_path: float = 0.0, recompute: bool = False) -> None:
         super().__init__()
-        self.blocks = make_blocks(dim, depth, num_heads, drop_path)
-        self.norm = AddLayerNorm(dim, eps=LN_EPS)
-        self.head = Head(dim, output_dim)
-        self.recompute = False
+        self.blocks = make_blocks(config.dim, config.depth, config.num_heads, drop_path)
+        self.norm = AddLayerNorm(config.dim, eps=LN_EPS)
+        self.head = nn.Linear(config.dim, output_dim)
+        self.recompute = recompute
 
-    def forward(self, x: Tensor, num_outputs: int, target: Target | None = None) -> Tensor:
-        """x [B, N, D] -> predictions [B, num_outputs, C], or their loss where the target is given."""
-        _, normed = self.norm(*run_blocks(self.blocks, x, self.recompute, num_outputs))
-        return self.head(normed, target)
+    def features(self, x: Tensor, num_outputs: int) -> Tensor:
+        """x [B, N, D] -> what the head reads, [B, num_outputs, D]."""
+        return self.norm(*run_blocks(self.blocks, x, self.recompute, num_outputs))[1]
+
+    def forward(self, x: Tensor, num_outputs: int) -> Tensor:
+        """x [B, N, D] -> predictions [B, num_outputs, C]."""
+        return self.head(self.features(x, num_outputs))
+
+    def flops(self, tokens: int, outputs: int) -> float:
+        """Forward FLOP of one sample, the head's included; blocks but the last compute all tokens."""
+        dim, depth = self.head.in_features, len(self.blocks)
+        blocks = (depth - 1) * block_flops(tokens, dim) + block_flops(tokens, dim, outputs)
+        return blocks + linear_flops(outputs, *self.head.weight.shape)
 
 
 def init_linear(module: nn.Module) -> None:
@@ -276,9 +248,9 @@ def frozen(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=False)
 
 
-def check_video(video: Tensor, num_frames: int, image_size: int) -> None:
+def check_video(video: Tensor, config: ClipConfig) -> None:
     """Refuses anything but [B, 3, num_frames, image_size, image_size]."""
-    check_shape("video", video, (3, num_frames, image_size, image_size))
+    check_shape("video", video, (3, config.num_frames, config.image_size, config.image_size))
 
 
 def check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
@@ -293,11 +265,6 @@ def block_flops(tokens: int, dim: int, outputs: int | None = None) -> float:
     """
     outputs = tokens if outputs is None else outputs
     return (4.0 * tokens + 20.0 * outputs) * dim**2 + 4.0 * outputs * tokens * dim
-
-
-def decoder_flops(tokens: int, dim: int, depth: int, outputs: int) -> float:
-    """Forward FLOP of `depth` blocks of which the last computes only the outputs."""
-    return (depth - 1) * block_flops(tokens, dim) + block_flops(tokens, dim, outputs)
 
 
 def linear_flops(tokens: int, *widths: int) -> float:

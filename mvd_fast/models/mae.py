@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from mvd_fast.config import OF_FINE_TUNING, ModelConfig, TeachersConfig
+from mvd_fast.config.network import DecoderConfig, ViTConfig
 from mvd_kernels import AddLayerNorm, embed_visible_tubes
 
 from .layers import (
@@ -18,7 +19,6 @@ from .layers import (
     Pending,
     block_flops,
     check_shape,
-    decoder_flops,
     frozen,
     init_linear,
     linear_flops,
@@ -50,26 +50,16 @@ class ImageTeacher(nn.Module):
     checkpoint's). Positions are always the 2-D sin-cos table: a checkpoint's `pos_embed` is ignored.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        drop_path: float = 0.0,
-        activation_checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, config: ViTConfig | None = None, **fields: Any) -> None:
+        """config: or its fields by name."""
         super().__init__()
-        side = image_size // patch_size
-        self.image_size, self.embed_dim = image_size, embed_dim
-        self.grid = (1, side, side)
-        self.recompute = activation_checkpointing
-        self.patch_embed = PatchEmbed(embed_dim, patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = frozen(sincos_2d(embed_dim, side, side, cls_token=True))
-        self.blocks = make_blocks(embed_dim, depth, num_heads, drop_path, split_bias=False)
-        self.norm = AddLayerNorm(embed_dim, eps=LN_EPS)
+        self.config = config = ViTConfig.of(config, fields)
+        _, *side = config.grid
+        self.patch_embed = PatchEmbed(config.embed_dim, config.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.pos_embed = frozen(sincos_2d(config.embed_dim, *side, cls_token=True))
+        self.blocks = make_blocks(config.embed_dim, config.depth, config.num_heads, config.drop_path, split_bias=False)
+        self.norm = AddLayerNorm(config.embed_dim, eps=LN_EPS)
         self.register_load_state_dict_pre_hook(_keep_own_positions)
         self._init()
 
@@ -80,11 +70,11 @@ class ImageTeacher(nn.Module):
 
     def encode(self, images: Tensor, visible: Tensor | None = None) -> Pending:
         """[B, 3, H, W] -> un-normed tokens [B, 1 + N, C], cls first; only visible int64 [B, Nv] where given."""
-        check_shape("images", images, (3, self.image_size, self.image_size))
+        check_shape("images", images, (3, self.config.image_size, self.config.image_size))
         x = self.patch_embed(images, self.pos_embed[:, 1:], visible)
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
-        return run_blocks(self.blocks, x, self.recompute)
+        return run_blocks(self.blocks, x, self.config.activation_checkpointing)
 
     def forward(self, images: Tensor) -> Tensor:
         """images float [B, 3, H, W] (normalised) -> [B, N, C]."""
@@ -92,41 +82,27 @@ class ImageTeacher(nn.Module):
 
     def encoder_flops(self, num_tokens: int) -> float:
         """Forward FLOP per image with `num_tokens` patches (the cls token comes on top)."""
-        embed = linear_flops(num_tokens, self.patch_embed.pixels, self.embed_dim)
-        return embed + len(self.blocks) * block_flops(num_tokens + 1, self.embed_dim)
+        embed = linear_flops(num_tokens, self.patch_embed.pixels, self.config.embed_dim)
+        return embed + len(self.blocks) * block_flops(num_tokens + 1, self.config.embed_dim)
 
     def flops(self) -> float:
         """Forward FLOP per image."""
-        return self.encoder_flops(self.grid[1] * self.grid[2])
+        return self.encoder_flops(self.config.num_tokens)
 
 
 class MaskedAutoencoder(ImageTeacher):
     """Stage 1 for images: encodes the visible patches, predicts the pixels of the masked ones."""
 
-    input_key = "image"
-
-    def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        decoder_dim: int,
-        decoder_depth: int,
-        decoder_heads: int,
-        drop_path: float = 0.0,
-        activation_checkpointing: bool = False,
-    ) -> None:
-        super().__init__(image_size, patch_size, embed_dim, depth, num_heads, drop_path, activation_checkpointing)
-        side = image_size // patch_size
-        self.decoder_dim, self.patch_size = decoder_dim, patch_size
-        self.decoder_embed = MaskTokens(embed_dim, decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder_pos_embed = frozen(sincos_2d(decoder_dim, side, side, cls_token=True))
-        self.decoder_blocks = make_blocks(decoder_dim, decoder_depth, decoder_heads, drop_path, split_bias=False)
-        self.decoder_norm = AddLayerNorm(decoder_dim, eps=LN_EPS)
-        self.decoder_pred = nn.Linear(decoder_dim, 3 * patch_size**2)
+    def __init__(self, config: ViTConfig, decoder: DecoderConfig) -> None:
+        super().__init__(config)
+        _, *side = config.grid
+        blocks = decoder.dim, decoder.depth, decoder.num_heads
+        self.decoder_embed = MaskTokens(config.embed_dim, decoder.dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.dim))
+        self.decoder_pos_embed = frozen(sincos_2d(decoder.dim, *side, cls_token=True))
+        self.decoder_blocks = make_blocks(*blocks, config.drop_path, split_bias=False)
+        self.decoder_norm = AddLayerNorm(decoder.dim, eps=LN_EPS)
+        self.decoder_pred = nn.Linear(decoder.dim, self.patch_embed.pixels)
         self._init()
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -137,7 +113,8 @@ class MaskedAutoencoder(ImageTeacher):
         seen, unseen = F.pad(visible + 1, (1, 0)), masked + 1
         _, x = self.norm(*self.encode(images, visible))
         x = self.decoder_embed(x, self.mask_token, self.decoder_pos_embed, seen, unseen)
-        _, x = self.decoder_norm(*run_blocks(self.decoder_blocks, x, self.recompute, unseen.shape[1]))
+        recompute = self.config.activation_checkpointing
+        _, x = self.decoder_norm(*run_blocks(self.decoder_blocks, x, recompute, unseen.shape[1]))
         return self.decoder_pred(x)
 
     def targets(
@@ -148,19 +125,22 @@ class MaskedAutoencoder(ImageTeacher):
         `normalize`: zero mean and unit (unbiased) variance over all values of a patch. MAE works on the normalised
         image as it is, so `mean` and `std` are not used.
         """
-        pixels = tubes(images[:, :, None], 1, self.patch_size, masked)  # [B, Nm, 3, 1, p, p]
-        pixels = pixels.float().permute(0, 1, 3, 4, 5, 2).flatten(2)
+        pixels = tubes(images[:, :, None], 1, self.config.patch_size, masked)
+        pixels = rearrange(pixels.float(), "b m c 1 p q -> b m (p q c)")
         if normalize:
             variance, center = torch.var_mean(pixels, dim=-1, keepdim=True)
             pixels = (pixels - center) / (variance + 1e-6).sqrt()
         return pixels
 
-    def training_flops(self, num_visible: int) -> float:
-        """Forward FLOP per image when `num_visible` patches are seen."""
-        tokens = self.grid[1] * self.grid[2]
-        decoder = linear_flops(num_visible + 1, self.embed_dim, self.decoder_dim)
-        decoder += decoder_flops(tokens + 1, self.decoder_dim, len(self.decoder_blocks), tokens - num_visible)
-        decoder += linear_flops(tokens - num_visible, self.decoder_dim, self.decoder_pred.out_features)
+    def flops(self, num_visible: int | None = None) -> float:
+        """Forward FLOP per image when `num_visible` patches are seen; None: of the encoder alone, which sees all."""
+        if num_visible is None:
+            return super().flops()
+        dim, masked = self.decoder_embed.out_features, self.config.num_tokens - num_visible
+        tokens, depth = self.config.num_tokens + 1, len(self.decoder_blocks)
+        decoder = linear_flops(num_visible + 1, self.config.embed_dim, dim)
+        decoder += (depth - 1) * block_flops(tokens, dim) + block_flops(tokens, dim, masked)
+        decoder += linear_flops(masked, *self.decoder_pred.weight.shape)
         return self.encoder_flops(num_visible) + decoder
 
 
@@ -169,8 +149,3 @@ def _keep_own_positions(module: nn.Module, state: dict[str, Any], prefix: str, *
     for name in ("pos_embed", "decoder_pos_embed"):
         if prefix + name in state and hasattr(module, name):
             state[prefix + name] = getattr(module, name).detach()
-
-
-def build(config: ModelConfig, teachers: TeachersConfig) -> MaskedAutoencoder:
-    """The MAE of a stage-1 run."""
-    return MaskedAutoencoder(**config.model_dump(exclude={"kind", "num_frames", "tubelet_size", *OF_FINE_TUNING}))

@@ -6,6 +6,7 @@ Shapes: B clips, C channels, T frames, H x W pixels; a tube is t x p x p; N toke
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -45,10 +46,8 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 def _tube_view(video: Tensor, tubelet_size: int, patch_size: int) -> Tensor:
     """video [B, C, T, H, W] seen as [B, gt, gh, gw, C, t, p, p]; nothing is copied."""
-    b, c, frames, height, width = video.shape
-    grid = frames // tubelet_size, height // patch_size, width // patch_size
-    x = video.view(b, c, grid[0], tubelet_size, grid[1], patch_size, grid[2], patch_size)
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7)
+    sizes = {"t": tubelet_size, "p": patch_size, "q": patch_size}
+    return rearrange(video, "b c (gt t) (gh p) (gw q) -> b gt gh gw c t p q", **sizes)
 
 
 def _place(index: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

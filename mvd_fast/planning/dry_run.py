@@ -1,22 +1,22 @@
-"""A training step of the real objective on tensors without memory: what it would allocate, in bytes."""
+"""A training step of the real task on tensors without memory: what it would allocate, in bytes."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mvd_fast.config import RunConfig
-from mvd_fast.objectives import build_objective
-from mvd_fast.teachers import DTYPES
+from mvd_fast.config.run import RunConfig
+from mvd_fast.models.frozen import DTYPES
+from mvd_fast.tasks import Task, build_task
 
 
 @dataclass(frozen=True)
@@ -27,33 +27,30 @@ class StepBytes:
     peak: int  # the most at any moment of forward and backward, gradients left out
 
 
-def objective_without_memory(config: RunConfig) -> nn.Module:
-    """The run's objective on the meta device: all shapes, no weights; in the run's precision."""
-    as_written = config.teachers.model_copy(update={"compile": False})
-    fresh = config.model.model_copy(update={"init": ""})
+def task_without_memory(config: RunConfig) -> Task:
+    """The run's task on the meta device: all shapes, no weights; in the run's precision."""
     with torch.device("meta"):
-        objective = build_objective(config.model_copy(update={"teachers": as_written, "model": fresh}))
-    objective.model.to(DTYPES[config.precision])
-    return objective.train()
+        task = build_task(config.as_written())
+    task.network.to(DTYPES[config.precision])
+    return task.train()
 
 
 def step_bytes(config: RunConfig, samples: int, like: Mapping[str, torch.Tensor] | None = None) -> StepBytes:
-    """What one micro batch of `samples` samples allocates; like: one as the loader gives it, for any objective.
+    """What one micro batch of `samples` samples allocates; like: one as the loader gives it.
 
     Operators run as torch's fake tensors on a CPU: shapes and dtypes are the real ones, values are never computed. The
     CPU's operators keep for backward what the CUDA ones keep; a kernel's own scratch memory is not seen.
     """
-    objective = objective_without_memory(config)
+    task = task_without_memory(config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        objective.to_empty(device="cpu")
-        parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        task.to_empty(device="cpu")
+        parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
         batch = _batch(config, samples) if like is None else _copied(like, DTYPES[config.precision])
-        held, beside = LiveBytes([*objective.parameters(), *objective.buffers(), *batch.values()]), 0
+        held, beside = LiveBytes([*task.parameters(), *task.buffers(), *batch.values()]), 0
         with held:
-            if config.teachers.ahead:
-                batch = objective.taught(batch)
-                beside = held.peak  # as much again for the next batch's teachers, at the worst moment
-            loss = objective(batch)["loss"]
+            batch = next(task.batches(iter([batch]), torch.device("cpu")))
+            beside = held.peak  # of what is prepared beside the step: as much again, at the worst moment
+            loss = task.loss(task.network, batch)["loss"]
             kept = held.live
             for parameter in parameters:  # gradients go as they come: they are counted with the state
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -61,7 +58,7 @@ def step_bytes(config: RunConfig, samples: int, like: Mapping[str, torch.Tensor]
     return StepBytes(kept, held.peak + beside)
 
 
-def _drop_gradient(parameter: nn.Parameter) -> None:
+def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
@@ -75,19 +72,24 @@ def _copied(batch: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
 
 def _batch(config: RunConfig, samples: int) -> dict[str, torch.Tensor]:
     """A micro batch as the loader gives it."""
-    model, masks, dtype = config.model, config.data.masks_per_clip, DTYPES[config.precision]
-    clips = samples // masks
-    frames, height, width = model.grid
-    tokens = frames * height * width
-    mask = torch.ones((clips, tokens) if masks == 1 else (clips, masks, tokens), dtype=torch.bool)
-    side = model.image_size
-    if model.num_frames == 1:
-        return {"image": torch.empty(clips, 3, side, side, dtype=dtype), "mask": mask}
-    batch = {"video": torch.empty(clips, 3, model.num_frames, side, side, dtype=dtype), "mask": mask}
-    if config.teachers.cache.path:
-        for role in ("image", "video"):
-            width = getattr(config.teachers, role).embed_dim
-            batch[f"target_{role}"] = torch.empty(clips, tokens, width, dtype=dtype)
+    asked, dtype = config.request, DTYPES[config.precision]
+    clips = samples // asked.samples
+    rows, side = clips * asked.rows, asked.image_size
+    batch: dict[str, torch.Tensor] = {}
+    if "image" in asked.gives:
+        batch["image"] = torch.empty(rows, 3, side, side, dtype=dtype)
+    if "video" in asked.gives:
+        batch["video"] = torch.empty(rows, 3, asked.num_frames, side, side, dtype=dtype)
+    if asked.masks:
+        tokens, several = math.prod(asked.masks.grid), (asked.samples,) if asked.samples > 1 else ()
+        batch["mask"] = torch.ones((clips, *several, tokens), dtype=torch.bool)
+    if "labels" in asked.gives:
+        batch["target"] = torch.empty(rows, asked.num_classes or 1)
+    if "boxes" in asked.gives:  # one of each clip
+        batch |= {"boxes": torch.empty(rows, 4), "box_clip": torch.arange(rows)}
+        batch["labels"] = torch.empty(rows, asked.num_classes or 1)
+    for name, width in config.stored_widths().items():
+        batch[f"target_{name}"] = torch.empty(clips, config.model.num_tokens, width, dtype=dtype)
     return batch
 
 

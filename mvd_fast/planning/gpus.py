@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mvd_fast.config_file import ConfigError
+from mvd_fast.config.base import ConfigError
 
 # NVIDIA's count of H.264 1080p streams at 30 frames a second that one GPU's engines decode together.
 STREAM_FPS = 30

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mvd_fast.config import RunConfig
+from mvd_fast.config.run import RunConfig
+from mvd_fast.tasks import Task
 from mvd_fast.training.adamw import BUCKET
 
 MOMENTS = 8  # bytes a parameter: exp_avg and exp_avg_sq, float32
@@ -47,17 +48,18 @@ class StateBytes:
         return self.resident + self.step
 
 
-def teacher_bytes(objective: nn.Module) -> int:
-    """Of the teachers' weights and tables."""
-    teachers = (getattr(objective, f"{role}_teacher", None) for role in ("image", "video"))
-    found = [tensor for teacher in teachers if teacher for tensor in (*teacher.parameters(), *teacher.buffers())]
+def teacher_bytes(task: Task) -> int:
+    """Of the weights and tables of frozen networks."""
+    networks = task.frozen().values()
+    found = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
     return sum(tensor.numel() * tensor.element_size() for tensor in found)
 
 
 def input_bytes(config: RunConfig, micro: int) -> float:
     """Of micro batches of clips, float32 and in the run's precision, for each batch prepared ahead."""
-    model, clips = config.model, micro // config.data.masks_per_clip
-    return 4.0 * clips * 3 * model.num_frames * model.image_size**2 * (1 + config.data.prefetch)
+    asked = config.request
+    rows = micro // asked.samples * asked.rows
+    return 4.0 * rows * 3 * asked.num_frames * asked.image_size**2 * (1 + config.data.prefetch)
 
 
 def peak_bytes(state: StateBytes, activations: float, beside: float) -> float:

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from torch import nn
-
-from mvd_fast.config import RunConfig
-from mvd_fast.config_file import ConfigError, check_batch
+from mvd_fast.config.base import ConfigError
+from mvd_fast.config.checks import check_batch
+from mvd_fast.config.run import RunConfig
 from mvd_fast.data.lists import read_dataset
-from mvd_fast.targets.store import layout
+from mvd_fast.target_store.store import layout
+from mvd_fast.tasks import Task
+from mvd_fast.tasks.distill import Config
 from mvd_kernels import Linear8bit
 
-from .dry_run import StepBytes, objective_without_memory, step_bytes
+from .dry_run import StepBytes, step_bytes, task_without_memory
 from .figures import Figure
 from .gpus import DECODE_SOURCE, GPUS, MEASURED, NETWORK_GB_S, Gpu
 from .memory import StateBytes, count_parameters, input_bytes, peak_bytes, state_bytes, teacher_bytes
@@ -27,9 +28,6 @@ DATASETS = {
     "ssv2": ("Something-Something v2", 168_913),
     "imagenet": ("ImageNet-1k", 1_281_167),
 }
-
-# Objectives whose batches and phases are known here.
-PLANNED = ("distillation", "pixel")
 
 # Of a GPU's memory, left to CUDA, NCCL, DALI's decoder and gaps between allocations: an assumption.
 RESERVED = 0.1
@@ -54,12 +52,12 @@ class Plan:
         return check_batch(self.config, self.gpus)
 
     @cached_property
-    def objective(self) -> nn.Module:
-        return objective_without_memory(self.config)
+    def task(self) -> Task:
+        return task_without_memory(self.config)
 
     @cached_property
     def counts(self) -> tuple[int, int]:
-        return count_parameters(self.objective.model)
+        return count_parameters(self.task.network)
 
     @cached_property
     def step(self) -> StepBytes:
@@ -67,7 +65,7 @@ class Plan:
 
     @cached_property
     def teacher_bytes(self) -> int:
-        return teacher_bytes(self.objective)
+        return teacher_bytes(self.task)
 
     @cached_property
     def inputs(self) -> float:
@@ -87,14 +85,14 @@ class Plan:
 
     def largest_micro(self, stage: int) -> int:
         """The largest micro batch that divides a rank's samples of an update and fits; 0: none does."""
-        per_rank, masks = self.config.batch.size // self.gpus, self.config.data.masks_per_clip
+        per_rank, masks = self.config.batch.size // self.gpus, self.config.request.samples
         fitting = (n for n in range(masks, per_rank + 1, masks) if per_rank % n == 0)
         return max((n for n in fitting if self.peak_bytes(stage, n) <= self.room), default=0)
 
     @cached_property
     def phases(self) -> list[Phase]:
         settings = (self.gpu, self.gpus, self.config.zero_stage, *self.batch, self.share, self.network_gb_s)
-        return phases(self.objective, self.config, *settings)
+        return phases(self.task, self.config, *settings)
 
     @property
     def step_seconds(self) -> float:
@@ -103,13 +101,17 @@ class Plan:
 
     @property
     def clips_per_update(self) -> int:
-        return self.config.batch.size // self.config.data.masks_per_clip
+        return int(self.config.clips_per_step)
 
     @property
     def frames(self) -> int:
         """From a clip's first frame to its last: what a decoder has to go through."""
-        single = self.config.data.kind == "frame"
-        return 1 if single else (self.config.model.num_frames - 1) * self.config.data.sampling_rate + 1
+        return self.config.data.span(self.config.request.num_frames)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether samples come from videos."""
+        return self.config.data.files == "videos"
 
     @property
     def nvdec(self) -> float | None:
@@ -119,7 +121,7 @@ class Plan:
     @property
     def waiting(self) -> float:
         """How many times longer steps take because NVDEC does not keep up; 1: it does, or its rate is not known."""
-        if self.config.data.kind == "image" or self.nvdec is None:
+        if not self.decodes or self.nvdec is None:
             return 1.0
         decoding = self.clips_per_update / self.gpus * self.frames / self.nvdec
         return max(1.0, decoding / self.step_seconds)
@@ -142,18 +144,17 @@ class Plan:
         built = "the run's own network, built without memory"
         yield Figure("network", "trained parameters", trained / 1e6, "M", "counted", built)
         yield Figure("network", "frozen position tables", frozen / 1e6, "M", "counted", built)
-        for role in ("image", "video"):
-            if teacher := getattr(self.objective, f"{role}_teacher", None):
-                quantized = [module for module in teacher.modules() if isinstance(module, Linear8bit)]
-                held = [*teacher.parameters(), *(part for one in quantized for part in (one.weight, one.bias))]
-                size = sum(part.numel() for part in held) / 1e6
-                yield Figure("network", f"{role} teacher's parameters", size, "M", "counted", built)
-        how = "the objective's own count, multiply-adds as 2; equal to torch's FlopCounterMode in tests/test_flops.py"
-        for name, flop in flop_by_phase(self.objective, self.config).items():
+        for title, network in self.task.frozen().items():
+            quantized = [module for module in network.modules() if isinstance(module, Linear8bit)]
+            held = [*network.parameters(), *(part for one in quantized for part in (one.weight, one.bias))]
+            size = sum(part.numel() for part in held) / 1e6
+            yield Figure("network", f"{title.replace('_', ' ')}'s parameters", size, "M", "counted", built)
+        how = "the task's own count, multiply-adds as 2; equal to torch's FlopCounterMode in tests/test_flops.py"
+        for name, flop in flop_by_phase(self.task, self.config).items():
             again = name == "backward" and self.config.model.activation_checkpointing
             source = "3 x forward: activation checkpointing runs it again" if again else how
             yield Figure("FLOP per clip", name, flop / 1e9, "GFLOP", "counted", source)
-        total = sum(flop_by_phase(self.objective, self.config).values()) / 1e9
+        total = sum(flop_by_phase(self.task, self.config).values()) / 1e9
         yield Figure("FLOP per clip", "training step", total, "GFLOP", "counted", "the sum")
 
     def _memory(self) -> Iterator[Figure]:
@@ -218,7 +219,7 @@ class Plan:
     def _decoding(self) -> Iterator[Figure]:
         section, clips = "decoding", self.clips_per_update / self.gpus / self.step_seconds
         yield Figure(section, "clips needed", clips, "/s/GPU", "predicted", "batch.size / GPUs / step")
-        if self.config.data.kind == "image":
+        if not self.decodes:
             return
         source = "first to last frame; seeking comes on top"
         yield Figure(section, "frames of a clip", self.frames, "frames", "counted", source)
@@ -249,7 +250,7 @@ class Plan:
         yield Figure(section, "GPU-hours", seconds / 3600 * self.gpus, "h", "predicted", f"time x {self.gpus} GPUs")
 
     def _store(self) -> Iterator[Figure]:
-        if self.config.teachers.image is None:
+        if not isinstance(self.config, Config):
             return
         shapes = layout(self.config, self.clips)
         widths = " + ".join(map(str, shapes.channels.values()))

@@ -11,7 +11,7 @@ from torch import Tensor
 from mvd_fast.training import messages
 from mvd_fast.training.prepare import Prepared
 
-from .dry_run import objective_without_memory, step_bytes
+from .dry_run import step_bytes, task_without_memory
 from .memory import count_parameters, input_bytes, peak_bytes, state_bytes, teacher_bytes
 
 
@@ -38,12 +38,12 @@ def preview(run: Prepared) -> None:
 def memory_bytes(run: Prepared, batch: dict[str, Tensor]) -> float:
     """The most that a rank will hold, as `mvd-fast plan` predicts it; batch: one micro batch."""
     config = run.config
-    objective = objective_without_memory(config)
+    task = task_without_memory(config)
     state = state_bytes(
-        config, *count_parameters(objective.model), config.zero_stage, run.place.world_size, run.grad_accum_steps
+        config, *count_parameters(task.network), config.zero_stage, run.place.world_size, run.grad_accum_steps
     )
     activations = step_bytes(config, run.micro_batch_size, batch).peak
-    return peak_bytes(state, activations, teacher_bytes(objective) + input_bytes(config, run.micro_batch_size))
+    return peak_bytes(state, activations, teacher_bytes(task) + input_bytes(config, run.micro_batch_size))
 
 
 def _described(value: Tensor) -> str:

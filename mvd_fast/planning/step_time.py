@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from mvd_fast.config import RunConfig
+from mvd_fast.config.run import RunConfig
 from mvd_fast.models.layers import Block
+from mvd_fast.tasks import Task
 
 from .gpus import GPUS, GPUS_PER_MACHINE, MEASURED, Gpu
 
@@ -42,25 +41,16 @@ class Phase:
     work: str  # how the seconds were found
 
 
-def flop_by_phase(objective: nn.Module, config: RunConfig) -> dict[str, float]:
-    """FLOP of one clip's training step. They add up to `objective.flops()`, and recomputed blocks come on top."""
-    found: dict[str, float] = {}
-    image, video = getattr(objective, "image_teacher", None), getattr(objective, "video_teacher", None)
-    if image is not None and objective.image_weight:
-        found["image teacher"] = objective.grid[0] * image.flops()
-    if video is not None and objective.video_weight:
-        found["video teacher"] = video.flops()
-    forward = (objective.flops() - sum(found.values())) / 3
-    if config.model.kind == "student":
-        encoder = config.data.masks_per_clip * objective.model.encoder_flops(config.num_visible)
-        found |= {"student encoder": encoder, "decoders and loss": forward - encoder}
-    else:
-        found["forward"] = forward
-    return {**found, "backward": (3 if config.model.activation_checkpointing else 2) * forward}
+def flop_by_phase(task: Task, config: RunConfig) -> dict[str, float]:
+    """FLOP of one clip's training step. They add up to `task.flops().step`, and recomputed blocks come on top."""
+    flops = task.flops()
+    forward = sum(flops.trained.values())
+    frozen = {title.replace("_", " "): flop for title, flop in flops.frozen.items()}
+    return {**frozen, **flops.trained, "backward": (3 if config.model.activation_checkpointing else 2) * forward}
 
 
 def phases(
-    objective: nn.Module,
+    task: Task,
     config: RunConfig,
     gpu: Gpu,
     ranks: int,
@@ -73,14 +63,14 @@ def phases(
     """The phases of one update. `share`: of the published peak that arithmetic reaches, None: as measured."""
     published = (gpu.tflops_bf16 if config.precision == "bf16" else gpu.tflops_fp32) * 1e12
     share = LARGE_WORK_SHARE * REACHED_OF_PUBLISHED if share is None else share
-    clips = micro / config.data.masks_per_clip
+    clips = micro / config.request.samples
     found = []
-    for name, flop in flop_by_phase(objective, config).items():
-        busy, started = flop * clips / (published * share), launch_seconds(objective, config, name)
+    for name, flop in flop_by_phase(task, config).items():
+        busy, started = flop * clips / (published * share), launch_seconds(task, config, name)
         limit = "arithmetic" if busy >= started else "kernel launches"
         work = f"{flop * clips / 1e12:.3g} TFLOP at {published * share / 1e12:.0f} TFLOP/s; launches {started:.3g} s"
         found.append(Phase(name, accumulation * max(busy, started), limit, work))
-    trained = sum(p.numel() for p in objective.model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in task.network.parameters() if p.requires_grad)
     moved = UPDATE_BYTES * trained / (ranks if stage else 1)
     rate = UPDATE_SHARE * gpu.memory_gb_s * 1e9
     found.append(Phase("optimiser", moved / rate, "memory", f"{moved / 1e9:.3g} GB at {rate / 1e9:.0f} GB/s"))
@@ -89,14 +79,13 @@ def phases(
     return found
 
 
-def launch_seconds(objective: nn.Module, config: RunConfig, name: str) -> float:
+def launch_seconds(task: Task, config: RunConfig, name: str) -> float:
     """Below which a micro batch's phase does not go: blocks x measured seconds to start one block's kernels."""
-    model = objective.model
-    if "teacher" in name:
-        return 0.0  # the measured teachers were limited by arithmetic
-    total = sum(isinstance(module, Block) for module in model.modules())
+    if name != "backward" and name not in task.flops().trained:
+        return 0.0  # frozen: the measured teachers were limited by arithmetic
+    total = sum(isinstance(module, Block) for module in task.network.modules())
     encoder = config.model.depth
-    blocks = {"student encoder": encoder, "decoders and loss": total - encoder}.get(name, total)
+    blocks = {"student encoder": encoder, "student decoders": total - encoder}.get(name, total)
     if name != "backward":
         return blocks * FORWARD_LAUNCH
     again = FORWARD_LAUNCH if config.model.activation_checkpointing else 0.0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvd_fast.config import RunConfig
+from mvd_fast.config.run import RunConfig
 
 from .adamw import GradientSums, MasterAdamW, gradient_norm, round_parameters
 from .deepspeed_start import start_deepspeed

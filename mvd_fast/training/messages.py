@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvd_fast.config import RunConfig
-from mvd_fast.config_checks import SIZE_OF_WIDTH
+from mvd_fast.config.run import RunConfig
 from mvd_fast.files import BEST, CONFIG, SUMMARY, WEIGHTS
 from mvd_fast.machine import cpu_name
 from mvd_fast.names import printable
@@ -20,10 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from .prepare import Prepared
-
-# Recipes that use a trained teacher of a size, and those that fine-tune a student of one.
-TAUGHT = {"b": "vitb_from_vitb", "l": "vitl", "h": "vith"}
-TUNED = "finetune/k400_vit"
 
 
 def say(*lines: str) -> None:
@@ -43,15 +37,15 @@ def opening(config: RunConfig, ranks: int) -> str:
 def outline(run: Prepared, start: str) -> list[str]:
     """What is about to be trained, on what, for how long. start: where from."""
     config, ranks, names = run.config, run.place.world_size, run.class_names
-    what = "images" if config.data.kind == "image" else "videos"
-    masks = f", {config.data.masks_per_clip} masks each" if config.data.masks_per_clip > 1 else ""
+    what, samples = config.data.files, config.request.samples
+    masks = f", {samples} masks each" if samples > 1 else ""
     parts = f"micro batch {run.micro_batch_size} x accumulation {run.grad_accum_steps} x {_ranks(ranks)}"
     rows = {
         "data": f"{len(run.loader.paths):,} {what} of {config.data.train}{masks}",
         "classes": f"{len(names)}, {printable(names[0])} to {printable(names[-1])}" if names else "",
         "ranks": f"{ranks} on {device_name(run.device)}; {config.precision}, ZeRO {config.zero_stage}",
-        "network": f"{config.model.kind}, {run.trained_parameters / 1e6:.3g} M parameters trained",
-        "teachers": ", ".join(_teachers(config)),
+        "network": f"{config.task}, {run.trained_parameters / 1e6:.3g} M parameters trained",
+        **config.inputs(),
         "batch": f"{config.batch.size} = {parts}",
         "schedule": f"{config.optim.epochs} epochs of {run.steps_per_epoch:,} steps: {run.total_steps:,} steps",
         "start": start,
@@ -73,16 +67,7 @@ def start_of(config: RunConfig, checkpoint: Path | None, update: int, per_epoch:
     """Where a run starts from."""
     if checkpoint:
         return f"resumed at step {update:,}, epoch {update / per_epoch:.2f}, from {checkpoint}"
-    return f"with the encoder of {config.model.init}" if config.model.init else "from scratch"
-
-
-def _teachers(config: RunConfig) -> Iterable[str]:
-    if config.teachers.cache.path:
-        yield f"stored targets in {config.teachers.cache.path}"
-        return
-    for teacher in (config.teachers.image, config.teachers.video):
-        if teacher:
-            yield teacher.checkpoint
+    return config.start
 
 
 # ---- the end ----
@@ -117,27 +102,7 @@ def finished_before(config: RunConfig) -> list[str]:
 def _results(config: RunConfig, best: dict[str, Any]) -> list[str]:
     folder = Path(config.output_dir)
     found = f"{folder / BEST}, top-1 {best['top1']:.2%} after epoch {best['epoch']}" if best else ""
-    return aligned({"weights": str(folder / WEIGHTS), "best": found, "next": next_command(config)})
-
-
-def next_command(config: RunConfig) -> str:
-    """What the weights are made for; empty for kinds that are not this project's."""
-    folder, size = config.output_dir, SIZE_OF_WIDTH.get(config.model.embed_dim)
-    match config.model.kind:
-        case "student" if size:
-            changes = f"model.init={folder} data.train=LIST evaluation.list=LIST"
-            return f"mvd-fast finetune --config {TUNED}{size} --set {changes}"
-        case "mae" | "videomae" if size in TAUGHT:
-            role = "image" if config.model.kind == "mae" else "video"
-            weights = Path(folder) / WEIGHTS
-            return f"mvd-fast train --config {TAUGHT[size]} --set teachers.{role}.checkpoint={weights}"
-        case "student" | "mae" | "videomae":
-            return f"mvd-fast probe {folder} --train LIST --test LIST"
-        case "classifier":
-            return f"mvd-fast evaluate {folder} --data LIST --out FOLDER"
-        case "detector":
-            return f"mvd-fast ava-evaluate {folder} --annotations CSV --label-map PBTXT --root FOLDER"
-    return ""
+    return aligned({"weights": str(folder / WEIGHTS), "best": found, "next": config.next_command(config.output_dir)})
 
 
 # ---- text ----

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvd_fast.config import RunConfig
+from mvd_fast.config.run import RunConfig
 from mvd_fast.files import write_text
-from mvd_fast.teachers import DTYPES
+from mvd_fast.models.frozen import DTYPES
+from mvd_fast.tasks import Task
 
 from . import launch
 from .progress import ProgressLine
@@ -179,12 +180,12 @@ class Metrics:
     Every rank measures; rank 0 writes and shows.
     """
 
-    def __init__(self, config: RunConfig, objective: nn.Module, grad_accum_steps: int, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, task: Task, grad_accum_steps: int, device: torch.device) -> None:
         self.config, self.grad_accum_steps, self.device = config, grad_accum_steps, device
         self.window, self.timer = LossWindow(), PhaseTimer(device)
-        self._flops = objective.flops()
-        for name, child in objective.named_children():
-            self.timer.watch(name if name != "model" else "forward", child)
+        self._flops = task.flops().step
+        for name, network in {"forward": task.network, **task.frozen()}.items():
+            self.timer.watch(name, network)
         self._log: RunLog | None = None
         self._peak = 0.0
 
@@ -219,7 +220,7 @@ class Metrics:
         """
         steps, sums, seconds = self.window.close(step)
         phases = self.timer.collect()
-        clips = steps * self.config.batch.size / self.config.data.masks_per_clip
+        clips = steps * self.config.clips_per_step
         record = {
             "update": step,
             "epoch": epoch,

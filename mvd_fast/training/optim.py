@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mvd_fast.config import OptimConfig
+from mvd_fast.config.run import FineTuneOptimConfig, OptimConfig
 
 from .adamw import MasterAdamW
 
@@ -56,7 +56,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, own_masters: bool = F
     With `layer_decay` the model's `blocks` learn the more slowly the further they are from the head.
     own_masters: `MasterAdamW`, which clips gradients by itself.
     """
-    scale = [layer_scale(len(model.blocks), config.layer_decay)] if config.layer_decay != 1.0 else []
+    decay = config.layer_decay if isinstance(config, FineTuneOptimConfig) else 1.0
+    scale = [layer_scale(len(model.blocks), decay)] if decay != 1.0 else []
     groups = parameter_groups(model.named_parameters(), config.weight_decay, *scale)
     if own_masters:
         return MasterAdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, clip_grad=config.clip_grad)

@@ -6,9 +6,9 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from mvd_fast.config import RunConfig
+from mvd_fast.config.base import flat
+from mvd_fast.config.run import RunConfig
 from mvd_fast.errors import UserError
 from mvd_fast.files import CONFIG
 from mvd_fast.machine import has_fast_bf16
@@ -49,7 +49,7 @@ def warn_of_changes(config: RunConfig) -> None:
     saved = Path(config.output_dir) / CONFIG
     if not saved.exists():
         return
-    before, now = _flat(json.loads(saved.read_text(encoding="utf-8"))), _flat(config.model_dump(mode="json"))
+    before, now = flat(json.loads(saved.read_text(encoding="utf-8"))), flat(config.model_dump(mode="json"))
     changed = [f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted(before | now) if before.get(k) != now.get(k)]
     if changed:
         log.warning("%s was started with other settings: %s", config.output_dir, ", ".join(changed))
@@ -58,9 +58,7 @@ def warn_of_changes(config: RunConfig) -> None:
 def warn_of_slow_bf16(config: RunConfig) -> None:
     """Says so where bf16 is wanted of a CPU that has no arithmetic for it."""
     asked = {"precision": config.precision}
-    for role in () if config.teachers.cache.path else ("image", "video"):
-        if teacher := getattr(config.teachers, role):
-            asked[f"teachers.{role}.precision"] = teacher.precision
+    asked |= config.precisions()
     slow = [name for name, precision in asked.items() if precision == "bf16"]
     if slow and not has_fast_bf16():
         log.warning(
@@ -78,10 +76,3 @@ def warn_of_zero_alone(config: RunConfig, ranks: int) -> None:
             "start with --set deepspeed.zero_optimization.stage=0, as a resumed run cannot change it",
             config.zero_stage,
         )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

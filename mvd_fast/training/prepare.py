@@ -5,21 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from mvd_fast.config import RunConfig
-from mvd_fast.config_file import check_batch
+from mvd_fast.config.checks import check_batch
+from mvd_fast.config.run import RunConfig
 from mvd_fast.data import build_loader
 from mvd_fast.data.loader import Loader
-from mvd_fast.objectives import build_objective
-from mvd_fast.targets.store import open_targets
+from mvd_fast.target_store.store import open_targets
+from mvd_fast.tasks import Task, build_task
 
 from . import launch
 
 
 @dataclass
 class Prepared:
-    """A run on one rank, ready to be trained; the objective is on the CPU still."""
+    """A run on one rank, ready to be trained; its networks are on the CPU still."""
 
     config: RunConfig
     place: launch.Placement
@@ -27,7 +26,7 @@ class Prepared:
     micro_batch_size: int
     grad_accum_steps: int
     loader: Loader
-    objective: nn.Module
+    task: Task
 
     @property
     def steps_per_epoch(self) -> int:
@@ -40,11 +39,11 @@ class Prepared:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Of labelled data, by label; empty where nothing names them."""
-        return getattr(self.loader.spec.kind, "class_names", ())
+        return self.loader.spec.dataset.class_names
 
     @property
     def trained_parameters(self) -> int:
-        return sum(p.numel() for p in self.objective.model.parameters() if p.requires_grad)
+        return sum(p.numel() for p in self.task.network.parameters() if p.requires_grad)
 
 
 def prepare(config: RunConfig, place: launch.Placement | None = None) -> Prepared:
@@ -55,7 +54,7 @@ def prepare(config: RunConfig, place: launch.Placement | None = None) -> Prepare
     place = place or launch.placement()
     micro, accumulation = check_batch(config, place.world_size)
     device = launch.device()
-    targets = open_targets(config, device)
+    targets = open_targets(config, device) if config.stored_widths() else None
     loader = build_loader(config, place.rank, place.world_size, device, micro, accumulation, targets)
     torch.manual_seed(config.seed)
-    return Prepared(config, place, device, micro, accumulation, loader, build_objective(config))
+    return Prepared(config, place, device, micro, accumulation, loader, build_task(config))

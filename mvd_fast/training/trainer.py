@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mvd_fast.config_file import save_config
+from mvd_fast.config.load import save_config
 from mvd_fast.files import BEST, CONFIG, WEIGHTS
-from mvd_fast.interop.storage import classes_metadata
-from mvd_fast.targets.ahead import targets_ahead
+from mvd_fast.interop.storage import run_metadata
+from mvd_fast.tasks import Validate
 
 from . import checkpoint, launch, messages, preflight
 from .ema import ModelEMA
@@ -27,9 +27,6 @@ from .prepare import Prepared
 from .profiler import Profiler
 from .summary import RunSummary
 
-# A network, the module that it uses, and what takes a line on the progress -> `top1` and other facts (collective).
-Validate = Callable[[Callable[[Tensor], Tensor], nn.Module, Callable[[str], None]], dict[str, Any]]
-
 
 class Trainer:
     """One run of one config on this rank. `fit()` trains to the end of the schedule, or to SIGTERM."""
@@ -39,23 +36,20 @@ class Trainer:
     ) -> None:
         """resume: "auto" (the newest valid checkpoint of the run, if any), "never", or a checkpoint's path.
 
-        validate: is called after each epoch; for configs with an `evaluation.list`, and no others. profile: see
-        `Profiler`.
+        validate: is called after each epoch, if given. profile: see `Profiler`.
         """
         self._started = time.monotonic()
         config = prepared.config
-        if bool(config.evaluation.list) != (validate is not None):
-            raise ValueError(f"evaluation.list is {config.evaluation.list!r}, and validate is {validate!r}")
         self.config, self.validate, self.profile = config, validate, profile
         self.run_dir = Path(config.output_dir)
-        self.device, self.loader, self.objective = prepared.device, prepared.loader, prepared.objective
+        self.device, self.loader, self.task = prepared.device, prepared.loader, prepared.task
         self.micro_batch_size, self.grad_accum_steps = prepared.micro_batch_size, prepared.grad_accum_steps
         self.class_names = prepared.class_names
         start = preflight.find_start(config, resume, self.class_names)
         self.steps_per_epoch, self.total_steps = prepared.steps_per_epoch, prepared.total_steps
         self._build_engine()
         self.ema = ModelEMA(self.engine, config.optim.ema) if config.optim.ema else None
-        self.metrics = Metrics(config, self.objective, self.grad_accum_steps, self.device)
+        self.metrics = Metrics(config, self.task, self.grad_accum_steps, self.device)
         self.summary = RunSummary(self.run_dir, self.loader, resumed=start is not None)
         self.finite, self.preemption = FiniteCheck(), PreemptionHandler(self.device)
         self.step = 0  # steps done
@@ -67,14 +61,13 @@ class Trainer:
             messages.say(*messages.outline(prepared, messages.start_of(config, start, self.step, self.steps_per_epoch)))
 
     def _build_engine(self) -> None:
-        network = self.objective.model
+        network = self.task.network
         self._parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
         # Frozen tables would be rounded to the engine's precision; exports take them from here.
         self._tables = {n: p.detach().clone() for n, p in network.named_parameters() if not p.requires_grad}
         self.engine = start_engine(network, self.config, self.micro_batch_size, self.grad_accum_steps)
         self.engine.checkpoint_engine = checkpoint.SafeTorchEngine(self.engine._config)
-        self.objective.model = self.engine
-        self.objective.to(self.device)  # teachers: outside the engine
+        self.task.to(self.device)  # what is frozen: outside the engine
 
     # ---- the loop ----
 
@@ -83,7 +76,7 @@ class Trainer:
         if launch.rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.run_dir / CONFIG)
-        self.objective.train()
+        self.task.train()
         try:
             with self.metrics.open(self.run_dir, self.step, self.total_steps), self._profiler() as profiler:
                 finished = self._loop(profiler)
@@ -134,7 +127,7 @@ class Trainer:
             self.metrics.progress.advance()
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """Those of the steps that are still to be made, with the teachers' targets where they run ahead."""
+        """Those of the steps that are still to be made."""
 
         def fetched() -> Iterator[dict[str, Tensor]]:
             batches = self.loader.batches(self.step)
@@ -143,12 +136,12 @@ class Trainer:
                     batch = next(batches)
                 yield batch
 
-        return targets_ahead(self.objective, fetched(), self.device) if self.config.teachers.ahead else fetched()
+        return self.task.batches(fetched(), self.device)
 
     def _forward_backward(self, batch: dict[str, Tensor], number: int) -> None:
         # Drop path is a function of (seed, step, micro batch, rank): a resumed run draws the same.
         torch.manual_seed(step_seed(self.config.seed, self.step, number, launch.rank()))
-        losses = self.objective(batch)
+        losses = self.task.loss(self.engine, batch)
         self.finite.add(losses["loss"], batch["index"])
         if number + 1 == self.grad_accum_steps:
             self.finite.begin()
@@ -248,7 +241,7 @@ class Trainer:
         with self.metrics.phase("checkpoint"):
             weights, state = self._full_weights(), self.state_dict()
             where = self.run_dir, self.step, config.precision, config.checkpoint.keep_last
-            checkpoint.save(self.engine, weights, state, *where, classes_metadata(self.class_names))
+            checkpoint.save(self.engine, weights, state, *where, run_metadata(self.config, self.class_names))
             self._write_summary(finished=self.step == self.total_steps)
 
     def _export(self, name: str) -> None:
@@ -256,7 +249,7 @@ class Trainer:
         weights = self._full_weights()
         if launch.rank() == 0:
             weights |= self.ema.state_dict() if self.ema else {}
-            checkpoint.write_weights(weights, self.run_dir / name, classes_metadata(self.class_names))
+            checkpoint.write_weights(weights, self.run_dir / name, run_metadata(self.config, self.class_names))
 
     def _full_weights(self) -> dict[str, Tensor]:
         """The network's float32 weights on rank 0 (collective), refused on all ranks where they are not finite.

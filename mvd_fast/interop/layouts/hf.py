@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mvd_fast.config import IMAGENET_MEAN, IMAGENET_STD
+from mvd_fast.config.base import IMAGENET_MEAN, IMAGENET_STD
 from mvd_fast.errors import UserError
 from mvd_fast.files import WEIGHTS, folder_written_aside
 from mvd_fast.names import printable

@@ -1,0 +1,1 @@
+"""The settings of a run: their schema, how they are loaded and checked, and what they mean."""
