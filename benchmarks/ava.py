@@ -25,9 +25,9 @@ from finetuning import SEEDS, train
 from spread import spread
 
 from mvd_fast.data import ava_files
-from mvd_fast.demo.ava_digits import ACTIONS, AvaDigitSet, write_ava_digits
-from mvd_fast.downstream.ava import frame_map
+from mvd_fast.evaluation.ava import frame_map
 from mvd_fast.files import write_text
+from mvd_fast.tools.demo.ava_digits import ACTIONS, AvaDigitSet, write_ava_digits
 
 CLIPS = AvaDigitSet(train=800, val=300, test=400, seed=0)
 LEARNING_RATES = (0.064, 0.256, 1.024)

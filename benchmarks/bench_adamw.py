@@ -1,4 +1,4 @@
-"""The update of a bf16 ViT-B student on one rank: the engine's own under ZeRO 0 against DeepSpeed's under ZeRO 1.
+"""The step of a bf16 ViT-B student on one rank: the engine's own under ZeRO 0 against DeepSpeed's under ZeRO 1.
 
 Both are whole engines. Their backward pass only hands gradients over (of a loss that is linear in the weights), so that
 what is timed is that, what the engine does with gradients, and the step.
@@ -55,7 +55,7 @@ def case() -> Iterator[Case]:
 
         # A bf16 weight differs by one rounding where the float32 ones differ in their last bit.
         sides = {name: lambda engine=engine: update(engine) for name, engine in engines.items()}
-        yield Case("AdamW update ViT-B student bf16", sides, tolerance=1e-2, reference="DeepSpeed, ZeRO 1")
+        yield Case("AdamW step ViT-B student bf16", sides, tolerance=1e-2, reference="DeepSpeed, ZeRO 1")
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -1,7 +1,7 @@
 """Costs and savings of the recipes that need less work, on the demo's task: `python benchmarks/recipes.py FOLDER`.
 
 FOLDER is that of a finished `mvd-fast demo`; its clips and teachers are used. Trains a student with each
-recipe and three seeds, all with the same number of updates of the same number of student samples. Writes
+recipe and three seeds, all with the same number of steps of the same number of student samples. Writes
 recipes.json, recipes.md and recipes.png: linear probes of the student (centre clips, test list), the final training
 loss, and the seconds of training, without starting up. What is there already is not trained again.
 """
@@ -22,12 +22,12 @@ from spread import spread
 
 from mvd_fast.config.load import load_config
 from mvd_fast.config.run import RunConfig
-from mvd_fast.demo.evaluate import LABELS, clip_labels
-from mvd_fast.downstream.features import clip_features
-from mvd_fast.downstream.probe import linear_probe
+from mvd_fast.convert.weights import load_into, read_weights
+from mvd_fast.evaluation.features import clip_features
+from mvd_fast.evaluation.probe import linear_probe
 from mvd_fast.files import SUMMARY, WEIGHTS, write_text
-from mvd_fast.interop.weights import load_into, read_weights
 from mvd_fast.tasks import build_task
+from mvd_fast.tools.demo.evaluate import LABELS, clip_labels
 
 RECIPES: dict[str, tuple[str, ...]] = {
     "exact": (),
@@ -93,7 +93,7 @@ def measure(config: RunConfig) -> dict[str, float]:
     }
     records = [json.loads(line) for line in (Path(config.output_dir) / "log.jsonl").read_text().splitlines()]
     seconds = sum(record["seconds"] for record in records)
-    samples = records[-1]["update"] * config.batch.size
+    samples = records[-1]["step"] * config.batch.size
     return {**found, "loss": records[-1]["loss"], "seconds": seconds, "samples_per_second": samples / seconds}
 
 

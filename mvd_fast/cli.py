@@ -111,7 +111,7 @@ def _help(argv: Arguments) -> int | None:
 
 def _doctor(argv: Arguments) -> int | None:
     argparse.ArgumentParser(f"{PROGRAM} doctor", description=COMMANDS["doctor"].summary).parse_args(argv)
-    from mvd_fast.doctor import main as doctor
+    from mvd_fast.tools.doctor import main as doctor
 
     return doctor()
 
@@ -188,23 +188,23 @@ def _at(module: str, function: str = "main") -> Run:
 COMMANDS = {
     "train": Command(_train, "train one config, as mvd_fast/train.py does"),
     "finetune": Command(_finetune, "train on labelled videos, as mvd_fast/finetune.py does"),
-    "evaluate": Command(_at("downstream.evaluate"), "test a classifier on a list, with several views of each video"),
-    "demo": Command(_at("demo"), "both stages on a small synthetic video set, with a report"),
+    "evaluate": Command(_at("evaluation.evaluate"), "test a classifier on a list, with several views of each video"),
+    "demo": Command(_at("tools.demo"), "both stages on a small synthetic video set, with a report"),
     "data check": Command(_at("data.check"), "name every unusable file of a list, and what would load faster"),
     "data show": Command(_at("data.show_command"), "what training sees of a list or file, as pictures"),
     "teachers cache": Command(_at("target_store.command"), "store the teachers' features, once for all epochs"),
-    "convert": Command(_at("interop.convert"), "a checkpoint in the form of MVD, VideoMAE, Hugging Face or timm"),
-    "probe": Command(_at("downstream.commands", "probe_main"), "classify by frozen features: linear, k-NN, attentive"),
-    "features": Command(_at("downstream.commands", "features_main"), "store a checkpoint's features of videos"),
-    "ava-map": Command(_at("downstream.ava_commands", "map_main"), "AVA's frame mAP of a file of detections"),
+    "convert": Command(_at("convert.convert"), "a checkpoint in the form of MVD, VideoMAE, Hugging Face or timm"),
+    "probe": Command(_at("evaluation.commands", "probe_main"), "classify by frozen features: linear, k-NN, attentive"),
+    "features": Command(_at("evaluation.commands", "features_main"), "store a checkpoint's features of videos"),
+    "ava-map": Command(_at("evaluation.ava_commands", "map_main"), "AVA's frame mAP of a file of detections"),
     "ava-evaluate": Command(
-        _at("downstream.ava_commands", "evaluate_main"), "AVA's frame mAP of a trained detector, and its detections"
+        _at("evaluation.ava_commands", "evaluate_main"), "AVA's frame mAP of a trained detector, and its detections"
     ),
     "config explain": Command(_config_explain, "what a setting means, its default and who reads it"),
     "config keys": Command(_config_keys, "every setting with its default and meaning"),
     "config list": Command(_config_list, "name the recipes, one a line"),
     "config show": Command(_config_show, "print a config with everything that it extends, as JSON"),
-    "plan": Command(_at("planning.command"), "memory, time, storage of a run on GPUs that need not be there"),
+    "plan": Command(_at("tools.plan.command"), "memory, time, storage of a run on GPUs that need not be there"),
     "bench step": Command(_bench_step, "time the training step against the authors' way of doing it"),
     "doctor": Command(_doctor, "versions, devices, which implementation each op uses and why"),
     "help": Command(_help, "what a command takes: `mvd-fast help COMMAND`"),

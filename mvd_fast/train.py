@@ -109,7 +109,7 @@ def _run(args: argparse.Namespace, check: Check, script: str, place: launch.Plac
 
 
 def _dry_run(config: RunConfig, place: launch.Placement) -> int:
-    from mvd_fast.planning.preview import preview
+    from mvd_fast.tools.plan.preview import preview
 
     prepared, _ = _prepare(config, place)
     preview(prepared)

@@ -36,7 +36,7 @@ def settled_bytes(network: torch.nn.Module, before: dict[int, torch.UntypedStora
 
 
 def measure(config_file: str, stage: int, precision: str, accumulation: int) -> int:
-    """Bytes after the backward passes of the second update, its inputs and all that was there before left out."""
+    """Bytes after the backward passes of the second step, its inputs and all that was there before left out."""
     settings = [f"deepspeed.zero_optimization.stage={stage}", f'precision="{precision}"']
     config = load_config(config_file, settings)
     model = config.model
@@ -50,13 +50,13 @@ def measure(config_file: str, stage: int, precision: str, accumulation: int) -> 
     ranks = launch.world_size()
     engine = start_engine(network, config, config.batch.size // accumulation // ranks, accumulation)
     most = 0
-    for update in range(2):
+    for step in range(2):
         for _ in range(accumulation):
             loss = sum(part for part in engine(video, mask, targets).values())
             backward(engine, loss)
             del loss
             gc.collect()
-            most = max(most, settled_bytes(network, before)) if update else 0
+            most = max(most, settled_bytes(network, before)) if step else 0
             engine.step()
     return most
 

@@ -140,7 +140,7 @@ def test_micro_batches_are_summed_in_float32_and_rounded_once() -> None:
         assert (model.weight.grad is None) == (not sums.last)
     expected = torch.full((1, 4), 1 + 300 / 256).bfloat16()
     assert torch.equal(model.weight.grad, expected)
-    model.weight.grad = None  # the next update starts anew
+    model.weight.grad = None  # the next step starts anew
     assert torch.equal(gradients_of_one(model), torch.ones(1, 4, dtype=torch.bfloat16))
 
 
@@ -150,12 +150,12 @@ def gradients_of_one(model: nn.Linear) -> Tensor:
 
 
 def test_a_parameter_that_the_last_micro_batch_leaves_out_is_an_error() -> None:
-    """Its sum would go into the next update."""
+    """Its sum would go into the next step."""
     first, second = nn.Linear(2, 1, bias=False).bfloat16(), nn.Linear(2, 1, bias=False).bfloat16()
     sums, ones = GradientSums(nn.ModuleList([first, second])), torch.ones(2, dtype=torch.bfloat16)
     sums.last = False
     first(ones).sum().backward()
     sums.last = True
     second(ones).sum().backward()
-    with pytest.raises(UserError, match="1 parameters took part in an update's first micro batches"):
+    with pytest.raises(UserError, match="1 parameters took part in a step's first micro batches"):
         sums.require_complete()

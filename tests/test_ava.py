@@ -22,17 +22,17 @@ from video_files import assert_same, data_setup, loader_of, take, write_video
 
 from mvd_fast.cli import main
 from mvd_fast.config.load import load_config
+from mvd_fast.convert.encoder import load_encoder
+from mvd_fast.convert.weights import WeightsError
 from mvd_fast.data import media
 from mvd_fast.data.ava_files import AvaError, KeyFrame
 from mvd_fast.data.datasets import ava
 from mvd_fast.data.loader import DataSetup
 from mvd_fast.data.sampling import SampleKey, key_clip
-from mvd_fast.demo.ava_digits import AvaDigitSet, write_ava_digits
-from mvd_fast.interop.encoder import load_encoder
-from mvd_fast.interop.weights import WeightsError
 from mvd_fast.models import ClipConfig, ImageTeacher, MaskedVideoStudent
 from mvd_fast.models.detector import ActionDetector
 from mvd_fast.tasks.detect import Detect
+from mvd_fast.tools.demo.ava_digits import AvaDigitSet, write_ava_digits
 
 SIZES = {**tiny_runs.ENCODER, **tiny_runs.CLIP}
 
@@ -233,7 +233,7 @@ def digit_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _config(folder: Path, run_dir: Path) -> Path:
     base = load_config("demo/ava").model_dump(mode="json")
     base |= {"run_dir": str(run_dir), "batch": {"size": 4}, "log": {"every": 1, "tensorboard": False}}
-    base["checkpoint"] = {"every_updates": 2}
+    base["checkpoint"] = {"every_steps": 2}
     base["model"] |= {"drop_path": 0.2, "depth": 2, "embed_dim": 32, "num_heads": 2}
     base["data"] |= {"train": str(folder / "train.csv"), "root": str(folder / "videos"), "flip": 0.5, "threads": 1}
     base["data"]["excluded"] = str(folder / "train_excluded.csv")
@@ -260,7 +260,7 @@ def test_a_killed_run_is_bit_equal(digit_set: Path, trained: Path, tmp_path: Pat
     config_file = _config(digit_set, tmp_path)
     process = tiny_runs.start(config_file)
     log, deadline = tmp_path / "log.jsonl", time.monotonic() + tiny_runs.TIMEOUT
-    while not log.exists() or '"update": 5,' not in log.read_text():
+    while not log.exists() or '"step": 5,' not in log.read_text():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -285,7 +285,7 @@ def test_detections_of_a_trained_run(digit_set: Path, trained: Path, capsys: pyt
     assert main(["ava-map", str(trained / "ava_detections.csv"), *truth]) == 0
     assert f"{100 * report['map']:.2f} %" in capsys.readouterr().out
     again = trained / "made" / "again.csv"
-    checkpoint = next((trained / "checkpoints").glob("update-*10"))
+    checkpoint = next((trained / "checkpoints").glob("step-*10"))
     again_on_two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mvd_fast.cli"]
     options = ["ava-evaluate", str(checkpoint), *truth, *data, "--batch", "3", "--out", str(again)]
     done = subprocess.run(

@@ -14,7 +14,7 @@ from test_lists import ODD_NAMES
 
 from mvd_fast.data import ava_files
 from mvd_fast.data.ava_files import AvaError, Boxes, KeyFrame, Row
-from mvd_fast.downstream.ava import average_precision, frame_map, pairwise_iou
+from mvd_fast.evaluation.ava import average_precision, frame_map, pairwise_iou
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "ava_map.json").read_text())["cases"]
 LEFT, RIGHT = (0.0, 0.0, 0.4, 1.0), (0.6, 0.0, 1.0, 1.0)

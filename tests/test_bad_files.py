@@ -56,9 +56,9 @@ def test_replacements_do_not_depend_on_when_damage_is_found(broken_list):
     whole = take(config, 7, micro=8)
     assert_same(take(config, 2, 5, micro=8), whole[5:])  # a fresh loader meets the damage only now
     dealt = [take(config, 3, 1, rank=rank, world=2, micro=4) for rank in (0, 1)]
-    for update in range(3):
+    for step in range(3):
         for name in whole[0]:
-            assert torch.equal(torch.cat([part[update][name] for part in dealt]), whole[1 + update][name])
+            assert torch.equal(torch.cat([part[step][name] for part in dealt]), whole[1 + step][name])
 
 
 def test_too_many_bad_files_stop_the_run(broken_list):

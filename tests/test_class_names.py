@@ -17,8 +17,8 @@ from test_probe import save_run, student
 from video_files import write_video
 
 from mvd_fast import cli
-from mvd_fast.interop.convert import convert
-from mvd_fast.interop.storage import classes_metadata, read_classes, read_metadata, read_source
+from mvd_fast.convert.convert import convert
+from mvd_fast.convert.storage import classes_metadata, read_classes, read_metadata, read_source
 from mvd_fast.models import ClipConfig, VideoClassifier
 
 NAMES = ("ant", "bee", "cat", "dog")
@@ -220,7 +220,7 @@ def test_a_run_keeps_the_names_of_its_classes(videos: Path, tmp_path: Path) -> N
         "batch": {"size": 4},
         "optim": {"base_lr": 0.01, "epochs": 1, "warmup_epochs": 0},
         "log": {"every": 1, "tensorboard": False},
-        "checkpoint": {"every_updates": 1},
+        "checkpoint": {"every_steps": 1},
     }
     config = tiny_runs.write_config(tmp_path / "c.json", content)
     status, output = finetune(config)

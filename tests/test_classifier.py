@@ -12,9 +12,9 @@ from tiny_runs import CLIP, DECODER, ENCODER
 
 from mvd_fast.config.network import ClipConfig, DecoderConfig
 from mvd_fast.config.run import FineTuneOptimConfig
-from mvd_fast.interop.encoder import load_encoder
-from mvd_fast.interop.storage import read_metadata
-from mvd_fast.interop.weights import WeightsError
+from mvd_fast.convert.encoder import load_encoder
+from mvd_fast.convert.storage import read_metadata
+from mvd_fast.convert.weights import WeightsError
 from mvd_fast.models import VideoClassifier, VideoMAE
 from mvd_fast.models.layers import run_blocks
 from mvd_fast.tasks.classify import ClassifierConfig

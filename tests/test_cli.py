@@ -21,7 +21,7 @@ from mvd_fast.config.load import config_from_arguments, load_config
 def calls(monkeypatch):
     """Stand-ins for the modules behind the subcommands; what they were called with, by name."""
     calls: dict[str, object] = {}
-    for name in ("train", "finetune", "doctor", "demo", "data", "data.check"):
+    for name in ("train", "finetune", "tools.doctor", "tools.demo", "data", "data.check"):
         module = types.ModuleType(f"mvd_fast.{name}")
         module.main = lambda *argv, name=name: calls.setdefault(name, argv) and None
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -132,9 +132,9 @@ raise SystemExit("torch" in sys.modules)
             (["--config", "vitl", "--set", "a=1"], "mvd-fast train"),
         ),
         (["finetune", "--help"], "finetune", (["--help"], "mvd-fast finetune")),
-        (["doctor"], "doctor", ()),
-        (["demo"], "demo", ([],)),
-        (["demo", "--size", "quick", "--out", "d"], "demo", (["--size", "quick", "--out", "d"],)),
+        (["doctor"], "tools.doctor", ()),
+        (["demo"], "tools.demo", ([],)),
+        (["demo", "--size", "quick", "--out", "d"], "tools.demo", (["--size", "quick", "--out", "d"],)),
         (["data", "check", "a b.txt", "--root", "/d"], "data.check", (["a b.txt", "--root", "/d"],)),
     ],
 )

@@ -25,8 +25,8 @@ from video_files import CPU, data_setup, loader_of, write_list
 from mvd_fast.data import media
 from mvd_fast.data.lists import Entry
 from mvd_fast.data.pipeline import PipelineSpec
-from mvd_fast.downstream.backbone import Preprocessing
-from mvd_fast.downstream.frozen import MultiView, UniformViews, batches_of, samples_of
+from mvd_fast.evaluation.backbone import Preprocessing
+from mvd_fast.evaluation.frozen import MultiView, UniformViews, batches_of, samples_of
 
 MOST = 4  # levels of 255
 SIDE = 64

@@ -172,7 +172,11 @@ def test_finetuning_recipe_equals_table(name):
             ['data={"kind": "image", "train": "x"}'],
             "'image' gives image, and task 'classify' needs",
         ),
-        ("finetune/k400_vitb", ["batch.micro=1"], "augment.mixup: a single clip has no other to be mixed with"),
+        (
+            "finetune/k400_vitb",
+            ["batch.micro_batch_size=1"],
+            "augment.mixup: a single clip has no other to be mixed with",
+        ),
         ("finetune/k400_vitb", ["mask.per_clip=2"], "mask: unknown key"),
         ("finetune/k400_vitb", ["optim.ema=1"], "optim.ema: got 1; it must be less than 1"),
         ("finetune/k400_vitb", ["augment.mixup=-1"], "augment.mixup: got -1; it must be greater than or equal to 0"),
@@ -276,11 +280,11 @@ def test_overrides_are_json_or_strings():
         "optim.epochs=7",
         "optim.warmup_epochs=1",
         "name=my run",
-        "batch.micro=null",
+        "batch.micro_batch_size=null",
         "data.crop.scales=[1, 0.5]",
     ]
     config = load_config("vitl", [*overrides, 'run_dir="7"', 'deepspeed={"dump_state": true}', "data.root=a=b"])
-    assert (config.optim.epochs, config.name, config.batch.micro) == (7, "my run", None)
+    assert (config.optim.epochs, config.name, config.batch.micro_batch_size) == (7, "my run", None)
     assert (config.data.crop.scales, config.run_dir, config.data.root) == ((1.0, 0.5), "7", "a=b")
     assert config.deepspeed == {"dump_state": True}  # an object replaces what was there
 
@@ -365,8 +369,8 @@ def test_several_faults_stand_one_a_line(write):
         ("demo/image_teacher", ["data.kind=video"], "data.kind: 'video' gives video, and task 'mae' needs image: take"),
         (
             "vitl",
-            ["batch.micro=3"],
-            "batch.size: 512 is not a multiple of micro 3 for any number of ranks; the nearest sizes are 510 or 513",
+            ["batch.micro_batch_size=3"],
+            "batch.size: 512 is not a multiple of micro_batch_size 3 for any number of ranks; the nearest",
         ),
     ],
 )
@@ -437,7 +441,7 @@ def test_deepspeed_keys_are_checked():
 
 def batched(size: int, micro: int | None = None, accumulation: int | None = None):
     config = load_config("vitl")
-    batch = config.batch.model_copy(update={"size": size, "micro": micro, "accumulation": accumulation})
+    batch = config.batch.model_copy(update={"size": size, "micro_batch_size": micro, "grad_accum_steps": accumulation})
     return config.model_copy(update={"batch": batch})
 
 
@@ -463,8 +467,8 @@ def test_batch_is_derived(size, micro, accumulation, ranks, expected):
             8,
             4,
             8,
-            "is not micro 8 x accumulation 4 x 8 ranks = 256; nearest that fits: batch.size 256, or "
-            "batch.accumulation 8",
+            "is not micro_batch_size 8 x grad_accum_steps 4 x 8 ranks = 256; nearest that fits: batch.size 256, or "
+            "batch.grad_accum_steps 8",
         ),
         (512, None, None, 6, "not a multiple of 6 ranks; nearest that fits: batch.size 510 or 516, or 4 ranks"),
         (
@@ -472,9 +476,10 @@ def test_batch_is_derived(size, micro, accumulation, ranks, expected):
             48,
             None,
             8,
-            "not a multiple of micro 48 x 8 ranks = 384; nearest that fits: batch.size 384 or 768, or batch.micro 32",
+            "not a multiple of micro_batch_size 48 x 8 ranks = 384; nearest that fits: batch.size "
+            "384 or 768, or batch.micro_ba",
         ),
-        (512, None, 6, 8, "batch.accumulation 4"),
+        (512, None, 6, 8, "batch.grad_accum_steps 4"),
         (4, None, None, 8, "batch.size 8"),
     ],
 )

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mvd_fast import cli
-from mvd_fast.interop import convert as conversion
-from mvd_fast.interop import layouts
-from mvd_fast.interop.convert import convert
-from mvd_fast.interop.network import check, recognise
-from mvd_fast.interop.storage import Source
-from mvd_fast.interop.tables import identify, make_table, resize
-from mvd_fast.interop.weights import read_weights
+from mvd_fast.convert import convert as conversion
+from mvd_fast.convert import layouts
+from mvd_fast.convert.convert import convert
+from mvd_fast.convert.network import check, recognise
+from mvd_fast.convert.storage import Source
+from mvd_fast.convert.tables import identify, make_table, resize
+from mvd_fast.convert.weights import read_weights
 from mvd_fast.models import ClipConfig, DecoderConfig, ImageTeacher, MaskedVideoStudent, VideoClassifier, VideoMAE
 from mvd_fast.models.videomae import VideoEncoder
 
@@ -506,7 +506,7 @@ def test_sizes_that_do_not_fit(tmp_path: Path, options, said) -> None:
 
 def run_folder(folder: Path, model: nn.Module) -> Path:
     """What a killed run leaves: one checkpoint with a manifest, whose weights say what they are."""
-    checkpoint = folder / "checkpoints/update-00000042"
+    checkpoint = folder / "checkpoints/step-00000042"
     checkpoint.mkdir(parents=True)
     weights = checkpoint / "model.safetensors"
     said = tiny_runs.said("distill", {**SHAPE, **VIT}, mean=[0.5] * 3, std=[0.25] * 3)
@@ -618,7 +618,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch, to: str) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(layouts.load("hf"), "save_file", full)
-    monkeypatch.setattr("mvd_fast.interop.storage.save_file", full)
+    monkeypatch.setattr("mvd_fast.convert.storage.save_file", full)
     with pytest.raises(OSError, match="No space"):
         convert(path, target, to, heads=3, force=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

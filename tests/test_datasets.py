@@ -32,7 +32,7 @@ def python(code: str, *paths: Path) -> str:
 
 def test_settings_are_read_without_dali_and_torch():
     names = [f"{DATASETS}.{kind}" for kind in available_kinds(DATASETS)]
-    modules = ", ".join([*names, "mvd_fast.data.crops", "mvd_fast.data.augment", "mvd_fast.downstream.settings"])
+    modules = ", ".join([*names, "mvd_fast.data.crops", "mvd_fast.data.augment", "mvd_fast.evaluation.settings"])
     assert len(names) == 5
     assert python(f"import sys, {modules}; print([m for m in ('torch', 'nvidia') if m in sys.modules])") == "[]\n"
 

@@ -16,10 +16,10 @@ import tiny_runs
 import torch
 
 from mvd_fast.config.load import load_config
-from mvd_fast.demo import digits
-from mvd_fast.demo import run as demo_run
-from mvd_fast.downstream.features import clip_features, slice_similarity
-from mvd_fast.downstream.probe import linear_probe
+from mvd_fast.evaluation.features import clip_features, slice_similarity
+from mvd_fast.evaluation.probe import linear_probe
+from mvd_fast.tools.demo import digits
+from mvd_fast.tools.demo import run as demo_run
 from mvd_fast.training import checkpoint
 
 SET = digits.DigitSet(train=32, test=16, seed=3)

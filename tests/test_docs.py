@@ -16,7 +16,7 @@ from mvd_fast.config.kinds import DATASETS, TARGETS, TASKS, available_kinds, kin
 from mvd_fast.config.load import list_recipes, load_config
 from mvd_fast.config.reference import reference, setting_names
 from mvd_fast.config.reference import sections as reference_sections
-from mvd_fast.planning.dry_run import task_without_memory
+from mvd_fast.tools.plan.dry_run import task_without_memory
 from mvd_fast.training import trainer
 
 ROOT = Path(__file__).parents[1]

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from test_probe import save_run, student
 
 from mvd_fast import cli
-from mvd_fast.demo.digits import DigitSet, write_digit_set
 from mvd_fast.finetune import main as finetune
+from mvd_fast.tools.demo.digits import DigitSet, write_digit_set
 
 CLASSES = 80
 
@@ -34,7 +34,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(inputs: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
-    """Three epochs of three updates of eight clips with everything on; one file of the validation list is broken."""
+    """Three epochs of three steps of eight clips with everything on; one file of the validation list is broken."""
     (inputs / "broken.webm").write_bytes(b"no video")
     lines = (inputs / "test.txt").read_text()
     (inputs / "val.txt").write_text(lines + "broken.webm 3\n")
@@ -50,10 +50,10 @@ def config(inputs: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         "augment": {"repeats": 2, "rand_augment": {"layers": 1}, "random_erasing": 0.5, "mixup": 0.8, "cutmix": 1.0}
         | {"label_smoothing": 0.1},
         "evaluation": {"list": str(inputs / "val.txt"), "clips": 2, "crops": 3, "batch": 5},
-        "batch": {"size": 8, "accumulation": 2},
+        "batch": {"size": 8, "grad_accum_steps": 2},
         "optim": {"base_lr": 0.1, "epochs": 3, "warmup_epochs": 1, "layer_decay": 0.75, "ema": 0.8},
         "log": {"every": 2, "tensorboard": False},
-        "checkpoint": {"every_updates": 2},
+        "checkpoint": {"every_steps": 2},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }
     return {**base, **changes}
@@ -85,7 +85,7 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_validates_every_epoch_and_keeps_the_best(finished: Path) -> None:
     found = [record["validation"] for record in records(finished) if "validation" in record]
-    assert [(record["epoch"], record["update"]) for record in found] == [(1, 3), (2, 6), (3, 9)]
+    assert [(record["epoch"], record["step"]) for record in found] == [(1, 3), (2, 6), (3, 9)]
     assert all(record["videos"] == 9 and record["left_out"] == 1 for record in found)
     best = json.loads((finished / "summary.json").read_text())["best"]
     assert best == max(found, key=lambda record: (record["top1"], -record["epoch"]))
@@ -102,7 +102,7 @@ def test_killed_and_resumed_run_is_bit_equal(inputs: Path, finished: Path, tmp_p
     config_file = tiny_runs.write_config(tmp_path / "c.json", config(inputs, tmp_path))
     process = start(config_file)
     deadline = time.monotonic() + tiny_runs.TIMEOUT
-    while not (tmp_path / "log.jsonl").exists() or '"update": 4,' not in (tmp_path / "log.jsonl").read_text():
+    while not (tmp_path / "log.jsonl").exists() or '"step": 4,' not in (tmp_path / "log.jsonl").read_text():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

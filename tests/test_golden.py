@@ -26,8 +26,8 @@ from mvd_fast.models import (
     VideoTeacher,
     ViTConfig,
 )
+from mvd_fast.tasks._pixels import PixelTask
 from mvd_fast.tasks.distill import DistilledStudent, distillation
-from mvd_fast.tasks.pixels import PixelTask
 from mvd_fast.training.optim import is_decayed, layer_scale, parameter_groups
 
 DATA = Path(__file__).parent / "data"

@@ -124,11 +124,11 @@ def test_a_flag_comes_to_the_host_beside_queued_work() -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path, accumulation: int) -> None:
-    """Rank 1's loss is NaN in update 2 (with two micro batches in the first of them): both ranks end with status 1
-    before the update, within two minutes of their start, with one sentence, and nothing of theirs is saved."""
+    """Rank 1's loss is NaN in step 2 (with two micro batches in the first of them): both ranks end with status 1
+    before the step, within two minutes of their start, with one sentence, and nothing of theirs is saved."""
     inputs = tiny_runs.write_inputs(tmp_path)
     run_dir = tmp_path / "run"
-    content = tiny_runs.config(inputs, run_dir, batch={"size": 8, "accumulation": accumulation})
+    content = tiny_runs.config(inputs, run_dir, batch={"size": 8, "grad_accum_steps": accumulation})
     config_file = tiny_runs.write_config(tmp_path / "c.json", content)
     worker = str(Path(__file__).with_name("nan_worker.py"))
     ranks = tiny_runs.start_ranks([sys.executable, worker, str(config_file), "1", str(2 * accumulation)])
@@ -136,10 +136,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path, accumul
     for process in ranks:
         outputs.append("".join(process.communicate(timeout=600)))
         assert process.returncode == 1, outputs
-    sentence = "mvd-fast: error: loss is nan at update 2 on rank 1 (samples: "
+    sentence = "mvd-fast: error: loss is nan at step 2 on rank 1 (samples: "
     assert outputs[0].count(sentence) == 1 and "error" not in outputs[1]
     assert "Traceback" not in "".join(outputs)
-    assert outputs[0].count(".webm") == 4 // accumulation and "the update was not made" in outputs[0]
-    saved = run_dir / "checkpoints" / "update-00000002"
+    assert outputs[0].count(".webm") == 4 // accumulation and "the step was not made" in outputs[0]
+    saved = run_dir / "checkpoints" / "step-00000002"
     assert f"Last good checkpoint: {saved}" in outputs[0]
     assert list((run_dir / "checkpoints").iterdir()) == [saved] and not (run_dir / "model.safetensors").exists()

@@ -63,11 +63,11 @@ def test_every_world_size_sees_the_same_updates(mixed_list):
     parts = take(config, 4, micro=4, accumulation=2)
     ranks = [take(config, 4, rank=rank, world=2, micro=2, accumulation=2) for rank in (0, 1)]
     for name in whole[0]:
-        for update in range(2):
-            accumulated = [parts[2 * update][name], parts[2 * update + 1][name]]
-            dealt = [ranks[rank][2 * update + step][name] for step in (0, 1) for rank in (0, 1)]
-            assert torch.equal(torch.cat(accumulated), whole[update][name])
-            assert torch.equal(torch.cat(dealt), whole[update][name])
+        for step in range(2):
+            accumulated = [parts[2 * step][name], parts[2 * step + 1][name]]
+            dealt = [ranks[rank][2 * step + part][name] for part in (0, 1) for rank in (0, 1)]
+            assert torch.equal(torch.cat(accumulated), whole[step][name])
+            assert torch.equal(torch.cat(dealt), whole[step][name])
 
 
 def test_seeds_and_epochs_differ(vp9_list):
@@ -128,7 +128,7 @@ def test_workers_go_when_the_trainer_is_killed(tmp_path):
 
 
 def test_lists_that_cannot_work_are_refused_at_once(vp9_list, tmp_path):
-    with pytest.raises(ValueError, match="lists 10 files, less than one update"):
+    with pytest.raises(ValueError, match="lists 10 files, less than one step"):
         loader_of(data_setup(vp9_list), micro=11)
     with pytest.raises(ValueError, match=r"none of 10 files .* set data\.root"):
         loader_of(data_setup(vp9_list, root=str(tmp_path)))
@@ -145,9 +145,9 @@ def test_a_closed_loader_stops(vp9_list):
 
 def test_schedule_deals_out_consecutive_parts_of_the_permutation():
     schedule = Schedule(seed=3, count=50, micro=2, accumulation=3, rank=1, world_size=2)
-    assert schedule.size == 12 and schedule.updates_per_epoch == 4
+    assert schedule.size == 12 and schedule.steps_per_epoch == 4
     order = sampling.epoch_order(3, 1, 50)
-    step = (4 + 2) * 3 + 1  # epoch 1, its update 2, second micro batch
+    step = (4 + 2) * 3 + 1  # epoch 1, its step 2, second micro batch
     assert schedule.keys(step) == [SampleKey(3, 1, int(i)) for i in order[24 + 4 + 2 : 24 + 4 + 4]]
 
 

@@ -97,7 +97,7 @@ def test_ctrl_c_saves_once_and_a_later_start_says_where_it_goes_on(inputs: Path,
         assert lines[-1], lines
     os.killpg(process.pid, signal.SIGTERM)
     assert tiny_runs.finish(process)[0] in (143, -signal.SIGTERM)  # saved, or before it could be
-    assert lines[-1].startswith("  start     resumed at step ") and "checkpoints/update-0000" in lines[-1]
+    assert lines[-1].startswith("  start     resumed at step ") and "checkpoints/step-0000" in lines[-1]
 
 
 def test_ctrl_c_before_the_first_step_is_one_sentence(inputs: Path, tmp_path: Path) -> None:
@@ -246,9 +246,9 @@ def test_a_dry_run_checks_loads_one_batch_and_leaves_nothing(
 @pytest.mark.parametrize("kind", ["distill", "classify"])
 def test_memory_of_a_dry_run_is_what_the_planner_says(inputs: Path, tmp_path: Path, kind: str) -> None:
     """For pre-training, where both know the batch; for a classifier, the more the larger the batch is."""
-    from mvd_fast.planning.gpus import find_gpu
-    from mvd_fast.planning.plan import Plan
-    from mvd_fast.planning.preview import memory_bytes
+    from mvd_fast.tools.plan.gpus import find_gpu
+    from mvd_fast.tools.plan.plan import Plan
+    from mvd_fast.tools.plan.preview import memory_bytes
     from mvd_fast.training.prepare import prepare
 
     content = classifier(inputs, tmp_path) if kind == "classify" else tiny_runs.config(inputs, tmp_path / "run")
@@ -283,7 +283,7 @@ def test_what_comes_next_can_be_given(recipe: str) -> None:
 def test_only_the_finished_run_of_this_config_is_called_finished(tmp_path: Path) -> None:
     config = load_config("vitl", [f"run_dir={tmp_path}"])
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    summary = {"finished": True, "update": 7, "updates": 7}
+    summary = {"finished": True, "step": 7, "steps": 7}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert messages.finished_before(config) == []  # its weights are gone
     (tmp_path / "model.safetensors").touch()
@@ -295,13 +295,13 @@ def test_only_the_finished_run_of_this_config_is_called_finished(tmp_path: Path)
 
 def test_the_lines_of_a_recipe_fit_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(messages, "cpu_name", lambda: "AMD EPYC 9654")
-    objective = types.SimpleNamespace(model=torch.nn.Linear(3, 4))
+    task = types.SimpleNamespace(network=torch.nn.Linear(3, 4))
     loader = types.SimpleNamespace(paths=["x"] * 240_000)
     place = launch.Placement(0, 64, 0)
     for recipe in ("vitb_from_vitb", "mae_vitl", "finetune/k400_vitb"):
         run = types.SimpleNamespace(
             config=load_config(recipe), place=place, device=torch.device("cpu"),
-            micro_batch_size=16, grad_accum_steps=1, loader=loader, objective=objective,
+            micro_batch_size=16, grad_accum_steps=1, loader=loader, task=task,
             steps_per_epoch=234, total_steps=93_600, trained_parameters=94_400_000, class_names=("abseiling", "zumba"),
         )  # fmt: skip
         lines = messages.outline(run, messages.start_of(run.config, None, 0, 234))

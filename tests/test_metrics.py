@@ -15,19 +15,19 @@ CPU = torch.device("cpu")
 
 
 def updates(folder: Path) -> list[int]:
-    return [json.loads(line)["update"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_resumed_log_tells_no_update_twice(tmp_path: Path) -> None:
     first = RunLog(tmp_path, 0, tensorboard=True)
-    for update in (1, 2, 3, 4):
-        first.write({"update": update, "loss": 1.0 / update, "phase_seconds": {"data": 0.1}})
+    for step in (1, 2, 3, 4):
+        first.write({"step": step, "loss": 1.0 / step, "phase_seconds": {"data": 0.1}})
     first.close()
     with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"update": 5, "lo')  # a crash in the middle of a line
+        file.write('{"step": 5, "lo')  # a crash in the middle of a line
     second = RunLog(tmp_path, 2, tensorboard=False)
     assert updates(tmp_path) == [1, 2]
-    second.write({"update": 3, "loss": 0.5})
+    second.write({"step": 3, "loss": 0.5})
     second.close()
     assert updates(tmp_path) == [1, 2, 3]
     assert list((tmp_path / "tensorboard").iterdir())

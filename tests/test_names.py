@@ -66,7 +66,7 @@ def test_check_index_and_quarantine_keep_every_name(dataset):
 def test_training_shows_every_file_and_leaves_out_the_quarantine(dataset, caplog):
     check_list(dataset)
     with closing(loader_of(data_setup(dataset))) as loader, caplog.at_level(logging.WARNING):
-        batches = list(itertools.islice(loader.batches(0), 2 * loader.updates_per_epoch))
+        batches = list(itertools.islice(loader.batches(0), 2 * loader.steps_per_epoch))
         shown = {os.path.basename(name) for batch in batches for name in loader.names(batch["index"])}
     assert not loader.bad_files and loader.replaced
     assert {*NAMES} <= shown and not broken(shown)
@@ -78,7 +78,7 @@ def test_warnings_of_bad_files_are_one_line_each(dataset, caplog):
         os.unlink(quarantine_path(dataset))
     with closing(loader_of(data_setup(dataset, max_bad_share=1.0))) as loader:
         with caplog.at_level(logging.WARNING):
-            list(itertools.islice(loader.batches(0), loader.updates_per_epoch))
+            list(itertools.islice(loader.batches(0), loader.steps_per_epoch))
         found = broken(loader.bad_files)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == len(found) > len(NAMES) // 2

@@ -201,11 +201,21 @@ def config(plugins: Path, run_dir: Path, task: str) -> Path:
     return tiny_runs.write_config(run_dir.with_suffix(".json"), content)
 
 
-def run(plugins: Path, *command: str) -> str:
+SCRIPT = """
+import json, sys
+from mvd_fast import cli
+for command in json.loads(sys.argv[1]):
+    if status := cli.main(command):
+        sys.exit(status)
+"""
+
+
+def run(plugins: Path, *commands: list[str]) -> str:
+    """`mvd-fast` with each of the commands, all in one process; what they print."""
     path = os.pathsep.join(filter(None, (str(plugins), os.environ.get("PYTHONPATH", ""))))
     environment = {**tiny_runs.environment(), "PYTHONPATH": path}
-    command = (sys.executable, "-m", "mvd_fast.cli", *command)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=tiny_runs.TIMEOUT)
+    words = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=tiny_runs.TIMEOUT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -213,7 +223,7 @@ def run(plugins: Path, *command: str) -> str:
 @pytest.mark.parametrize("task", ["brightness", "distill"])
 def test_new_kinds_train(plugins: Path, tmp_path: Path, task: str) -> None:
     file = config(plugins, tmp_path / "run", task)
-    run(plugins, "train", "--config", str(file))
+    run(plugins, ["train", "--config", str(file)])
     losses = tiny_runs.losses(tmp_path / "run")
     assert len(losses) == 4 and losses[4] < losses[1]
     first = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])
@@ -223,8 +233,8 @@ def test_new_kinds_train(plugins: Path, tmp_path: Path, task: str) -> None:
 
 def test_new_targets_are_stored(plugins: Path, tmp_path: Path) -> None:
     file, store = config(plugins, tmp_path / "run", "distill"), f"teachers.cache.path={tmp_path / 'store'}"
-    run(plugins, "teachers", "cache", "--config", str(file), "--set", store)
-    assert "are as written" in run(plugins, "teachers", "cache", "--config", str(file), "--set", store, "--verify")
+    command = ["teachers", "cache", "--config", str(file), "--set", store]
+    assert "are as written" in run(plugins, command, [*command, "--verify"])
     identity = json.loads((tmp_path / "store/manifest.json").read_text())["identity"]
     assert identity["targets.wide.exponent"] == 0.5
 
@@ -232,13 +242,20 @@ def test_new_targets_are_stored(plugins: Path, tmp_path: Path) -> None:
 def test_commands_know_new_kinds(plugins: Path, tmp_path: Path) -> None:
     """`config show`, `keys` and `explain`, `plan`, `doctor`: without an edit."""
     file = str(config(plugins, tmp_path / "run", "brightness"))
-    shown = json.loads(run(plugins, "config", "show", file))
-    assert shown["gain"] == 2.0 and shown["data"]["side"] == 36
-    keys = run(plugins, "config", "keys")
-    assert all(key in keys for key in ("`gain`", "`data.side`", "exponent`", "`brightness`"))
-    assert "of the gate" in run(plugins, "config", "explain", "gain")
-    assert "training step" in run(plugins, "plan", "--config", file, "--gpus", "1")
-    report = run(plugins, "doctor")
+    printed = run(
+        plugins,
+        ["config", "show", file],
+        ["config", "keys"],
+        ["config", "explain", "gain"],
+        ["plan", "--config", file, "--gpus", "1"],
+        ["doctor"],
+    )
+    shown, _, rest = printed.partition("\n# Settings")
+    assert json.loads(shown)["gain"] == 2.0 and json.loads(shown)["data"]["side"] == 36
+    assert all(key in rest for key in ("| `gain` |", "`data.side`", "exponent`", "`brightness`"))
+    assert "gain (task brightness): of the gate; default 1.0" in rest
+    assert "training step" in rest
+    _, _, report = rest.partition("\nVersions")
     assert all(name in report for name in ("brightness", "colour", "plain", "gated (cpu)"))
 
 
@@ -248,4 +265,4 @@ def test_an_unknown_setting_of_a_new_kind_is_refused(plugins: Path, tmp_path: Pa
     content["targets"][0]["exponnent"] = 2.0
     file.write_text(json.dumps(content))
     with pytest.raises(AssertionError, match=r"targets\[0\]\.exponnent: unknown key, did you mean 'exponent'\?"):
-        run(plugins, "config", "show", str(file))
+        run(plugins, ["config", "show", str(file)])

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mvd_kernels
-from mvd_fast import doctor
+from mvd_fast.tools import doctor
 from mvd_kernels import _dispatch, use_impl
 from mvd_kernels._checks import FLOAT, INDEX, OPTIONAL, Checks
 

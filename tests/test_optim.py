@@ -30,7 +30,7 @@ def test_schedule_equals_the_references(facts: dict) -> None:
 
 def test_rates_scale_with_the_batch() -> None:
     config = OptimConfig(base_lr=1.5e-4, base_min_lr=1e-4, epochs=400, warmup_epochs=40)
-    rates = [learning_rate(update, 10, config, 1024) for update in (0, 399, 400, 3999)]
+    rates = [learning_rate(step, 10, config, 1024) for step in (0, 399, 400, 3999)]
     assert rates == pytest.approx([0.0, 6e-4, 6e-4, 4e-4], rel=1e-4)
 
 

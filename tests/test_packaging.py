@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 
 import mvd_fast
 import mvd_kernels
-from mvd_fast import doctor
+from mvd_fast.tools import doctor
 from mvd_kernels import _dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -49,21 +49,22 @@ ALLOWED = {
     "mvd_fast.machine": set(),
     "mvd_fast.training.launch": set(),
     "mvd_fast.models": {"mvd_kernels"},
-    "mvd_fast.interop": {"mvd_fast.models"},
+    "mvd_fast.convert": {"mvd_fast.models"},
     "mvd_fast.data": {"mvd_kernels"},
-    "mvd_fast.doctor": {"mvd_fast.data", "mvd_kernels"},
-    "mvd_fast.downstream": {
+    "mvd_fast.tools": set(),
+    "mvd_fast.tools.doctor": {"mvd_fast.data", "mvd_kernels"},
+    "mvd_fast.evaluation": {
         "mvd_fast.data",
-        "mvd_fast.interop",
+        "mvd_fast.convert",
         "mvd_fast.models",
         "mvd_fast.training.launch",
         "mvd_kernels",
     },
-    "mvd_fast.targets": {"mvd_fast.models", "mvd_fast.interop"},
+    "mvd_fast.targets": {"mvd_fast.models", "mvd_fast.convert"},
     "mvd_fast.tasks": {
         "mvd_fast.data",
-        "mvd_fast.downstream",
-        "mvd_fast.interop",
+        "mvd_fast.evaluation",
+        "mvd_fast.convert",
         "mvd_fast.models",
         "mvd_fast.targets",
         "mvd_kernels",
@@ -77,13 +78,13 @@ ALLOWED = {
     },
     "mvd_fast.training": {
         "mvd_fast.data",
-        "mvd_fast.interop",
+        "mvd_fast.convert",
         "mvd_fast.models",
         "mvd_fast.target_store",
         "mvd_fast.tasks",
         "mvd_fast.training.launch",
     },
-    "mvd_fast.planning": {
+    "mvd_fast.tools.plan": {
         "mvd_fast.data",
         "mvd_fast.models",
         "mvd_fast.target_store",
@@ -92,24 +93,24 @@ ALLOWED = {
         "mvd_kernels",
     },
     "mvd_fast.train": {
-        "mvd_fast.planning",
+        "mvd_fast.tools.plan",
         "mvd_fast.tasks",
         "mvd_fast.training",
         "mvd_fast.training.launch",
     },
     "mvd_fast.finetune": {"mvd_fast.train"},
-    "mvd_fast.report": set(),
-    "mvd_fast.demo": {
+    "mvd_fast.tools.report": set(),
+    "mvd_fast.tools.demo": {
         "mvd_fast.data",
-        "mvd_fast.downstream",
-        "mvd_fast.interop",
+        "mvd_fast.evaluation",
+        "mvd_fast.convert",
         "mvd_fast.models",
-        "mvd_fast.report",
+        "mvd_fast.tools.report",
         "mvd_fast.tasks",
         "mvd_fast.training",
     },
     "mvd_fast.cli": {
-        "mvd_fast.doctor",
+        "mvd_fast.tools.doctor",
         "mvd_fast.finetune",
         "mvd_fast.train",
         "mvd_fast.training",

@@ -13,11 +13,11 @@ import torch
 
 from mvd_fast import cli
 from mvd_fast.config.load import list_recipes, load_config
-from mvd_fast.planning import step_time
-from mvd_fast.planning.dry_run import LiveBytes, StepBytes, step_bytes, task_without_memory
-from mvd_fast.planning.gpus import GPUS, MEASURED
-from mvd_fast.planning.memory import count_parameters, state_bytes
-from mvd_fast.planning.plan import Plan, count_clips
+from mvd_fast.tools.plan import step_time
+from mvd_fast.tools.plan.dry_run import LiveBytes, StepBytes, step_bytes, task_without_memory
+from mvd_fast.tools.plan.gpus import GPUS, MEASURED
+from mvd_fast.tools.plan.memory import count_parameters, state_bytes
+from mvd_fast.tools.plan.plan import Plan, count_clips
 
 ROOT = Path(__file__).parents[1]
 STEP = json.loads((ROOT / MEASURED.file).read_text())
@@ -143,7 +143,7 @@ def test_recipes_are_planned_whole(recipe: tuple[str, ...]) -> None:
 def test_every_recipe_has_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All figures but the dry run's; that one is done for other networks above."""
     config = load_config(name)
-    monkeypatch.setattr("mvd_fast.planning.plan.step_bytes", lambda *_: StepBytes(kept=1 << 30, peak=2 << 30))
+    monkeypatch.setattr("mvd_fast.tools.plan.plan.step_bytes", lambda *_: StepBytes(kept=1 << 30, peak=2 << 30))
     figures = Plan(config, GPUS["a100"], 16, 5000, "--clips").figures()
     assert all(figure.source and figure.kind for figure in figures)
     values = {(figure.section, figure.figure): figure.value for figure in figures}
@@ -201,13 +201,13 @@ def test_the_command_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureF
         (["--gpus", "8", "--gpu", "h1000"], "--gpu: 'h1000' is unknown; there are: a100-40gb, a100, h100"),
         (["--gpus", "7"], "batch.size 1024 is not a multiple of 7 ranks"),
         (["--gpus", "8", "--set", 'data.train="my/list.txt"'], "say how many samples there are: --clips N"),
-        (["--gpus", "8", "--clips", "5"], "--clips: 5 are less than one update of 1024"),
+        (["--gpus", "8", "--clips", "5"], "--clips: 5 are less than one step of 1024"),
     ],
 )
 def test_errors_are_one_sentence(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mvd_fast.planning.plan.step_bytes", lambda *_: StepBytes(kept=1, peak=1))
+    monkeypatch.setattr("mvd_fast.tools.plan.plan.step_bytes", lambda *_: StepBytes(kept=1, peak=1))
     assert cli.main(["plan", "--config", "vitb_from_vitb", *arguments]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1

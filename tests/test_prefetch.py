@@ -14,7 +14,7 @@ import torch
 from mvd_fast.config.base import ConfigError
 from mvd_fast.config.load import load_config
 from mvd_fast.models import ImageTeacher, VideoTeacher
-from mvd_fast.targets.prefetch import prefetched
+from mvd_fast.tasks._prefetch import prefetched
 from mvd_fast.tasks.distill import Distill, DistilledStudent, distillation
 from mvd_kernels import tube_mask
 
@@ -113,7 +113,7 @@ def test_runs_are_the_same_and_resume(tmp_path: Path) -> None:
     inputs = tiny_runs.write_inputs(tmp_path)
 
     def run(name: str, prefetch: bool) -> tuple[dict[int, float], bytes, str]:
-        content = tiny_runs.config(inputs, tmp_path / name, checkpoint={"every_updates": 5})
+        content = tiny_runs.config(inputs, tmp_path / name, checkpoint={"every_steps": 5})
         content["teachers"] = {"prefetch": prefetch}
         status, output = tiny_runs.run(tiny_runs.write_config(tmp_path / f"{name}.json", content))
         assert status == 0, output
@@ -121,10 +121,10 @@ def test_runs_are_the_same_and_resume(tmp_path: Path) -> None:
 
     plain, ahead = run("plain", False), run("ahead", True)
     assert ahead[:2] == plain[:2]
-    shutil.rmtree(tmp_path / "ahead" / "checkpoints" / "update-00000010")
+    shutil.rmtree(tmp_path / "ahead" / "checkpoints" / "step-00000010")
     (tmp_path / "ahead" / "model.safetensors").unlink()  # as a run lies there that was killed before its end
     resumed = run("ahead", True)
-    assert "tiny 6/10" in resumed[2] and "tiny 1/10" not in resumed[2], "it went on after update 5"
+    assert "tiny 6/10" in resumed[2] and "tiny 1/10" not in resumed[2], "it went on after step 5"
     assert resumed[:2] == plain[:2]
 
 

@@ -17,15 +17,15 @@ from tiny_runs import CLIP, DECODER, ENCODER
 from video_files import write_video
 
 from mvd_fast import cli
+from mvd_fast.convert.convert import convert
 from mvd_fast.data.datasets.video import VideoDataset
 from mvd_fast.data.lists import Entry
-from mvd_fast.downstream import evaluate
-from mvd_fast.downstream.attentive import attentive_scores
-from mvd_fast.downstream.backbone import Preprocessing, load_backbone
-from mvd_fast.downstream.frozen import UniformViews, frozen_features
-from mvd_fast.downstream.probe import AttentiveSettings, knn_scores, top_k
 from mvd_fast.errors import UserError
-from mvd_fast.interop.convert import convert
+from mvd_fast.evaluation import evaluate
+from mvd_fast.evaluation.attentive import attentive_scores
+from mvd_fast.evaluation.backbone import Preprocessing, load_backbone
+from mvd_fast.evaluation.frozen import UniformViews, frozen_features
+from mvd_fast.evaluation.probe import AttentiveSettings, knn_scores, top_k
 from mvd_fast.models import ClipConfig, DecoderConfig, ImageTeacher, MaskedVideoStudent, VideoClassifier, VideoMAE
 from mvd_fast.models.detector import ActionDetector
 

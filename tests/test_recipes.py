@@ -131,12 +131,12 @@ def test_loader_draws_several_masks_of_one_clip(inputs: Path, tmp_path: Path) ->
         loader = build_loader(found, 0, 1, torch.device("cpu"), micro, accumulation)
         batch = next(loader.batches(0))
         loader.close()
-        return batch, loader.updates_per_epoch
+        return batch, loader.steps_per_epoch
 
-    several, updates = first("mask.per_clip=4", "batch.size=8")
-    single, single_updates = first("batch.size=2")
+    several, steps = first("mask.per_clip=4", "batch.size=8")
+    single, single_steps = first("batch.size=2")
     assert several["video"].shape[0] == 2 and several["mask"].shape == (2, 4, 64)
-    assert updates == single_updates == 20
+    assert steps == single_steps == 20
     torch.testing.assert_close(several["video"], single["video"], rtol=0, atol=0)
     assert several["mask"][:, 0].equal(single["mask"])
     assert len({tuple(mask.tolist()) for mask in several["mask"].flatten(0, 1)}) == 8

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvd_fast.report import facts, plots, write_report
-from mvd_fast.report.inputs import Inputs
+from mvd_fast.tools.report import facts, plots, write_report
+from mvd_fast.tools.report.inputs import Inputs
 
 MOTIONS = ["rotate cw", "rotate ccw", "zoom in", "zoom out", "orbit cw", "orbit ccw", "shake x", "shake y"]
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -31,7 +31,7 @@ def similarity(mean: float) -> list[list[float]]:
 
 def results() -> dict:
     def phase(name: str, seconds: float, run: str | None = None) -> dict:
-        trained = {"updates": 60, "batch": 32, "clips_per_second": 123.0, "parameters": 700_000} if run else {}
+        trained = {"steps": 60, "batch": 32, "clips_per_second": 123.0, "parameters": 700_000} if run else {}
         return {"name": name, "seconds": seconds, "run": run, **trained}
 
     return {
@@ -56,10 +56,10 @@ def records(with_teachers: bool) -> list[dict]:
     if with_teachers:
         spent |= {"image_teacher": 0.3, "video_teacher": 0.4}
     return [
-        {"update": update, "loss": 1.0 / update, "lr": 1e-3, "clips_per_second": 160.0, "data_wait_share": 0.05,
+        {"step": step, "loss": 1.0 / step, "lr": 1e-3, "clips_per_second": 160.0, "data_wait_share": 0.05,
          "seconds": 4.0, "phase_seconds": spent, "model_flop_utilisation": 0.3, "peak_flops": 3.4e11, "bad_files": 2,
          **extra}
-        for update in range(20, 61, 20)
+        for step in range(20, 61, 20)
     ]  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def test_unfinished_parts(out):
     change(out, phases=given["phases"], probes={**PROBES, "video teacher": None, "student": {"motion": 0.6}})
     (out / "image_teacher" / "log.jsonl").unlink()
     with open(out / "student" / "log.jsonl", "a") as file:
-        file.write('\n{"update": 80, "lo')
+        file.write('\n{"step": 80, "lo')
     (out / "pictures.npz").write_bytes(b"PK\x03\x04 cut short")
     text = page(out)
     assert not walk(text).open

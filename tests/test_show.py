@@ -66,7 +66,7 @@ def test_sheets_and_animations_hold_what_the_loader_gives(clips, tmp_path):
     found = list(show_samples(config, 4, epoch, tmp_path))
     assert len({shown.path for shown in found}) == 4
     with closing(loader_of(config, micro=1)) as loader:
-        batches = loader.batches(epoch * loader.updates_per_epoch)
+        batches = loader.batches(epoch * loader.steps_per_epoch)
         for shown in found:
             batch = next(batches)
             index = int(batch["index"])

@@ -399,7 +399,7 @@ def test_training_from_the_store_resumes_bit_for_bit(made, tmp_path):
     status, text = tiny_runs.run(made.file, "--run-dir", str(whole))
     assert status == 0, text
     process = tiny_runs.start(made.file, "--run-dir", str(parts))
-    while not (parts / "log.jsonl").exists() or '"update": 5,' not in (parts / "log.jsonl").read_text():
+    while not (parts / "log.jsonl").exists() or '"step": 5,' not in (parts / "log.jsonl").read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
     process.kill()

@@ -7,7 +7,7 @@ import tiny_runs
 import torch
 from torch import Tensor, nn
 
-from mvd_fast.interop.network import check, recognise
+from mvd_fast.convert.network import check, recognise
 from mvd_fast.models import ClipConfig, TargetDecoder
 from mvd_fast.tasks.distill import Distill, DistilledStudent
 from mvd_kernels import tube_mask

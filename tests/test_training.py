@@ -43,15 +43,15 @@ def uninterrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def _stochastic(inputs: Path, run_dir: Path) -> Path:
     log = {"every": 3, "tensorboard": False}  # not a multiple of the saves: windows are cut in two
-    content = tiny_runs.config(inputs, run_dir, batch={"size": 8, "accumulation": 2}, log=log)
+    content = tiny_runs.config(inputs, run_dir, batch={"size": 8, "grad_accum_steps": 2}, log=log)
     content["optim"] |= {"epochs": 3}
     content["model"]["drop_path"] = 0.3
     return tiny_runs.write_config(run_dir / "asked.json", content)
 
 
-def _wait_for(run_dir: Path, update: int, process: subprocess.Popen) -> None:
+def _wait_for(run_dir: Path, step: int, process: subprocess.Popen) -> None:
     log, deadline = run_dir / "log.jsonl", time.monotonic() + tiny_runs.TIMEOUT
-    while not log.exists() or f'"update": {update},' not in log.read_text():
+    while not log.exists() or f'"step": {step},' not in log.read_text():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -68,24 +68,24 @@ def test_loss_falls_and_everything_is_logged(uninterrupted: Path) -> None:
         "phase_seconds"
     ].keys()
     summary = json.loads((uninterrupted / "summary.json").read_text())
-    assert summary["finished"] and summary["update"] == 15
+    assert summary["finished"] and summary["step"] == 15
     kept = sorted(path.name for path in checkpoint.folder(uninterrupted).iterdir())
-    assert kept == ["update-00000014", "update-00000015"]
+    assert kept == ["step-00000014", "step-00000015"]
 
 
 def test_killed_and_resumed_run_is_bit_equal(inputs: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """kill -9 after update 3, SIGTERM (saves, exits with 143) after 6, kill -9 after 9."""
+    """kill -9 after step 3, SIGTERM (saves, exits with 143) after 6, kill -9 after 9."""
     config_file = _stochastic(inputs, tmp_path)
-    for update, number, expected in ((3, signal.SIGKILL, -9), (6, signal.SIGTERM, 143), (9, signal.SIGKILL, -9)):
+    for step, number, expected in ((3, signal.SIGKILL, -9), (6, signal.SIGTERM, 143), (9, signal.SIGKILL, -9)):
         process = tiny_runs.start(config_file)
-        _wait_for(tmp_path, update, process)
+        _wait_for(tmp_path, step, process)
         process.send_signal(number)
         status, output = tiny_runs.finish(process)
         assert status == expected, output
         if number == signal.SIGTERM:
             stopped = json.loads((tmp_path / "summary.json").read_text())
-            assert not stopped["finished"] and stopped["update"] >= update
-            assert checkpoint.newest_valid(tmp_path).name == f"update-{stopped['update']:08d}"
+            assert not stopped["finished"] and stopped["step"] >= step
+            assert checkpoint.newest_valid(tmp_path).name == f"step-{stopped['step']:08d}"
     status, output = tiny_runs.run(config_file)
     assert status == 0, output
     assert tiny_runs.losses(tmp_path) == tiny_runs.losses(uninterrupted)
@@ -98,7 +98,7 @@ def test_damaged_checkpoints_are_passed_over(
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(uninterrupted, run_dir)
-    last, before = (checkpoint.folder(run_dir) / f"update-{n:08d}" for n in (15, 14))
+    last, before = (checkpoint.folder(run_dir) / f"step-{n:08d}" for n in (15, 14))
     assert checkpoint.newest_valid(run_dir) == last
     weights = bytearray((last / WEIGHTS).read_bytes())
     weights[-1] ^= 1
@@ -152,7 +152,7 @@ def test_resuming_with_other_settings_is_refused_in_one_sentence(
 def test_ranks_and_zero_stages_give_one_ranks_losses(inputs: Path, tmp_path: Path) -> None:
     """Two ranks under ZeRO 0, 1, 2, 3 against one rank with the same global batch: relative difference below 1e-5.
 
-    Sums over a batch are taken in another order, in float32; over ten updates that stays below 1e-5.
+    Sums over a batch are taken in another order, in float32; over ten steps that stays below 1e-5.
     """
     one = tmp_path / "one"
     one.mkdir()
@@ -188,7 +188,7 @@ def test_bf16_with_own_master_weights(inputs: Path, tmp_path: Path) -> None:
     """ZeRO 0: a resumed run is bit-equal, two ranks give one rank's losses, master weights are exported."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     whole.mkdir()
-    content = tiny_runs.config(inputs, whole, precision="bf16", batch={"size": 8, "accumulation": 2})
+    content = tiny_runs.config(inputs, whole, precision="bf16", batch={"size": 8, "grad_accum_steps": 2})
     content["optim"] |= {"clip_grad": 0.5}
     config_file = tiny_runs.write_config(tmp_path / "c.json", content)
     status, output = tiny_runs.run(config_file)
@@ -234,7 +234,7 @@ def test_non_finite_loss_stops_before_the_update(inputs: Path, tmp_path: Path) -
     content["targets"][1]["checkpoint"] = str(tmp_path / "video.safetensors")
     status, output = tiny_runs.run(tiny_runs.write_config(tmp_path / "c.json", content))
     assert status == 1
-    assert "loss is nan at update 0" in output and "the update was not made" in output
+    assert "loss is nan at step 0" in output and "the step was not made" in output
     assert output.count(".webm") == 8 and "Last good checkpoint: none yet" in output
     assert "Traceback" not in output
     assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -38,8 +38,8 @@ from mvd_fast.data.index import scan_file
 from mvd_fast.data.lists import Entry
 from mvd_fast.data.pipeline import PipelineSpec
 from mvd_fast.data.sampling import SampleKey
-from mvd_fast.downstream.backbone import Preprocessing
-from mvd_fast.downstream.frozen import MultiView, UniformViews, batches_of, samples_of
+from mvd_fast.evaluation.backbone import Preprocessing
+from mvd_fast.evaluation.frozen import MultiView, UniformViews, batches_of, samples_of
 
 FRAMES = 24
 WIDTH, HEIGHT = 96, 128

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mvd_fast.config.network import ClipConfig, DecoderConfig, ViTConfig
-from mvd_fast.interop.weights import WeightsError, load_into, read_weights
+from mvd_fast.convert.weights import WeightsError, load_into, read_weights
 from mvd_fast.models import ImageTeacher, MaskedAutoencoder, VideoMAE
 from mvd_fast.targets import build_target, mae, videomae
 

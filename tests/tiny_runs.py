@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mvd_fast.interop.storage import RUN
+from mvd_fast.convert.storage import RUN
 from mvd_fast.models import ImageTeacher, VideoTeacher
 
 ENCODER = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -36,7 +36,7 @@ def said(task: str, model: dict[str, Any], **data: Any) -> dict[str, str]:
 
 def write_inputs(folder: Path, clips: int = 40) -> Path:
     """Clips, their list and two random teachers; returns the folder."""
-    from mvd_fast.demo.digits import DigitSet, write_digit_set  # with PyAV, which tests on a GPU do without
+    from mvd_fast.tools.demo.digits import DigitSet, write_digit_set  # with PyAV, which tests on a GPU do without
 
     write_digit_set(folder, DigitSet(train=clips, test=8, seed=0))
     torch.manual_seed(1)
@@ -47,7 +47,7 @@ def write_inputs(folder: Path, clips: int = 40) -> Path:
 
 
 def config(inputs: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
-    """A distillation run of 2 epochs of 5 updates of 8 clips, every loss logged; `changes` replace whole sections."""
+    """A distillation run of 2 epochs of 5 steps of 8 clips, every loss logged; `changes` replace whole sections."""
     targets = [
         {"kind": kind, "checkpoint": str(inputs / f"{name}.safetensors"), **ENCODER}
         for name, kind in (("image", "mae"), ("video", "videomae"))
@@ -70,7 +70,7 @@ def config(inputs: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         "batch": {"size": 8},
         "optim": {"base_lr": 0.03, "epochs": 2, "warmup_epochs": 1},
         "log": {"every": 1, "tensorboard": False},
-        "checkpoint": {"every_updates": 2},
+        "checkpoint": {"every_steps": 2},
         # Threshold 0: stage 3 partitions even these small tensors.
         "deepspeed": {"zero_optimization": {"stage": 0, "stage3_param_persistence_threshold": 0}},
     }
@@ -120,8 +120,8 @@ def run(config_file: Path, *arguments: str) -> tuple[int, str]:
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    """Loss by update."""
+    """Loss by step."""
     records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    found = {record["update"]: record["loss"] for record in records}
-    assert len(found) == len(records), "an update was logged twice"
+    found = {record["step"]: record["loss"] for record in records}
+    assert len(found) == len(records), "a step was logged twice"
     return found

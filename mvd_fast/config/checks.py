@@ -11,8 +11,8 @@ from .run import DataConfig, RunConfig
 
 OWNED_DEEPSPEED_KEYS = {
     "train_batch_size": "batch.size",
-    "train_micro_batch_size_per_gpu": "batch.micro",
-    "gradient_accumulation_steps": "batch.accumulation",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.grad_accum_steps",
     "optimizer": "the fields of optim",
     "scheduler": "optim.base_lr, optim.base_min_lr and optim.warmup_epochs",
     "bf16": "precision",
@@ -80,7 +80,7 @@ def _mask_faults(config: RunConfig) -> Iterator[str]:
 
 def _batch_faults(config: RunConfig) -> Iterator[str]:
     batch = config.batch
-    fixed = (batch.micro or 1) * (batch.accumulation or 1)
+    fixed = (batch.micro_batch_size or 1) * (batch.grad_accum_steps or 1)
     if batch.size % fixed:
         yield (
             f"batch.size: {batch.size} is not a multiple of {_factors(config)} for any number of ranks; "
@@ -89,26 +89,27 @@ def _batch_faults(config: RunConfig) -> Iterator[str]:
 
 
 def check_batch(config: RunConfig, world_size: int) -> tuple[int, int]:
-    """`(micro, accumulation)` with `batch.size = micro x accumulation x world_size`.
+    """`(micro_batch_size, grad_accum_steps)` whose product with `world_size` is `batch.size`.
 
-    What the config leaves out is derived (both missing: accumulation 1).
+    What the config leaves out is derived (both missing: one micro batch a step).
 
     Raises:
         ConfigError: the numbers conflict; the sentence proposes the nearest ones that fit.
     """
     batch = config.batch
-    unit = (batch.micro or 1) * (batch.accumulation or 1) * world_size
+    unit = (batch.micro_batch_size or 1) * (batch.grad_accum_steps or 1) * world_size
     rest, remainder = divmod(batch.size, unit)
-    complete = batch.micro is not None and batch.accumulation is not None
+    complete = batch.micro_batch_size is not None and batch.grad_accum_steps is not None
     if remainder or (complete and rest != 1):
         raise ConfigError(_batch_conflict(config, world_size, unit))
-    micro, accumulation = (
-        (rest, batch.accumulation or 1) if batch.micro is None else (batch.micro, batch.accumulation or rest)
-    )
+    if batch.micro_batch_size is None:
+        micro, accumulation = rest, batch.grad_accum_steps or 1
+    else:
+        micro, accumulation = batch.micro_batch_size, batch.grad_accum_steps or rest
     if micro % config.request.samples:
         raise ConfigError(
             f"a forward pass has {micro} samples, not a multiple of mask.per_clip {config.request.samples}; "
-            "change batch.micro or batch.size"
+            "change batch.micro_batch_size or batch.size"
         )
     return micro, accumulation
 
@@ -118,16 +119,16 @@ def _batch_conflict(config: RunConfig, world_size: int, unit: int) -> str:
     parts = " x ".join(part for part in (_factors(config), f"{world_size} ranks") if part)
     per_rank, uneven = divmod(batch.size, world_size)
     proposals = []
-    if batch.micro and batch.accumulation:
+    if batch.micro_batch_size and batch.grad_accum_steps:
         conflict = f"batch.size {batch.size} is not {parts} = {unit}"
         proposals.append(f"batch.size {unit}")
-        if not uneven and per_rank % batch.micro == 0:
-            proposals.append(f"batch.accumulation {per_rank // batch.micro}")
+        if not uneven and per_rank % batch.micro_batch_size == 0:
+            proposals.append(f"batch.grad_accum_steps {per_rank // batch.micro_batch_size}")
     else:
         product = f" = {unit}" if unit != world_size else ""
         conflict = f"batch.size {batch.size} is not a multiple of {parts}{product}"
         proposals.append(f"batch.size {_nearest_multiples(batch.size, unit)}")
-        for name in ("micro", "accumulation"):
+        for name in ("micro_batch_size", "grad_accum_steps"):
             value = getattr(batch, name)
             if value and not uneven:
                 proposals.append(f"batch.{name} {_nearest_divisor(per_rank, value)}")
@@ -137,7 +138,7 @@ def _batch_conflict(config: RunConfig, world_size: int, unit: int) -> str:
 
 
 def _factors(config: RunConfig) -> str:
-    parts = (("micro", config.batch.micro), ("accumulation", config.batch.accumulation))
+    parts = (("micro_batch_size", config.batch.micro_batch_size), ("grad_accum_steps", config.batch.grad_accum_steps))
     return " x ".join(f"{name} {value}" for name, value in parts if value)
 
 

@@ -98,19 +98,19 @@ class DataConfig(Strict):
 
 
 class BatchConfig(Strict):
-    """`size = micro x accumulation x ranks`; name any of micro and accumulation, the rest is derived and checked."""
+    """`size = micro_batch_size x grad_accum_steps x ranks`; name any of the two, the rest is derived and checked."""
 
-    size: PositiveInt = Field(description="samples (clips x masks of each) per optimiser update, over all ranks")
-    micro: PositiveInt | None = Field(None, description="samples per rank and forward pass")
-    accumulation: PositiveInt | None = Field(None, description="forward passes per update")
+    size: PositiveInt = Field(description="samples (clips x masks of each) per optimiser step, over all ranks")
+    micro_batch_size: PositiveInt | None = Field(None, description="samples per rank and forward pass")
+    grad_accum_steps: PositiveInt | None = Field(None, description="forward passes per step")
 
 
 class OptimConfig(Strict):
-    """AdamW with linear warm-up and cosine decay, stepped every update."""
+    """AdamW with linear warm-up and cosine decay, stepped every step."""
 
     base_lr: PositiveFloat = Field(1.5e-4, description="peak learning rate for batch 256; scaled by batch.size / 256")
     base_min_lr: float = Field(0.0, ge=0.0, description="final learning rate for batch 256; scaled likewise")
-    warmup_lr: float = Field(0.0, ge=0.0, description="learning rate of the first update")
+    warmup_lr: float = Field(0.0, ge=0.0, description="learning rate of the first step")
     epochs: PositiveInt = Field(description="times that the data is gone through")
     warmup_epochs: int = Field(40, ge=0, description="of these, the first ones, with a rising learning rate")
     betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW's means of the gradient and of its square")
@@ -139,14 +139,14 @@ class FineTuneOptimConfig(OptimConfig):
 class CheckpointConfig(Strict):
     """When the run is saved."""
 
-    every_updates: PositiveInt | None = Field(None, description="save every n updates; empty: at the end of each epoch")
+    every_steps: PositiveInt | None = Field(None, description="save every n steps; empty: at the end of each epoch")
     keep_last: PositiveInt = Field(2, description="checkpoints kept; older ones are removed")
 
 
 class LogConfig(Strict):
     """What is written while the run goes."""
 
-    every: PositiveInt = Field(10, description="updates between two log lines; the host waits for the device only then")
+    every: PositiveInt = Field(10, description="steps between two log lines; the host waits for the device only then")
     tensorboard: bool = Field(True, description="write the numbers for TensorBoard, too")
 
 
@@ -194,7 +194,7 @@ class RunConfig(Strict):
 
     @property
     def clips_per_step(self) -> float:
-        """Clips of one optimiser update, over all ranks."""
+        """Clips of one optimiser step, over all ranks."""
         return self.batch.size / self.request.samples
 
     def stored_widths(self) -> dict[str, int]:

@@ -78,14 +78,14 @@ def build_loader(
     targets = open_targets(source.paths) if open_targets else None
     shape = clips, accumulation, rank, world_size, request.rows, request.views
     schedule = Schedule(config.seed, len(source.paths), *shape)
-    if schedule.updates_per_epoch == 0:
+    if schedule.steps_per_epoch == 0:
         raise UserError(
-            f"{config.data.train} lists {len(source.paths)} files, less than one update of {schedule.size} clips; "
+            f"{config.data.train} lists {len(source.paths)} files, less than one step of {schedule.size} clips; "
             "list more files or lower batch.size"
         )
     if targets is None:
         return Loader(source, schedule, spec, config.data)
-    source.untaught.update(targets.bad)
+    source.missing_targets.update(targets.bad)
     return Loader(source, schedule, spec, config.data, targets.read)
 
 
@@ -139,16 +139,16 @@ class Loader:
         atexit.register(_close, weakref.ref(self))  # a pipeline must not run while the interpreter goes down
 
     @property
-    def updates_per_epoch(self) -> int:
-        """Optimiser updates of one pass over the dataset; the remainder is dropped."""
-        return self.schedule.updates_per_epoch
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one pass over the dataset; the remainder is dropped."""
+        return self.schedule.steps_per_epoch
 
     def names(self, index: Tensor) -> list[str]:
         """Paths of the samples of a batch, from its `index`."""
         return [self.paths[i] for i in index.tolist()]
 
-    def batches(self, start_update: int) -> Iterator[dict[str, Tensor]]:
-        """Micro batches from update `start_update` on, without end.
+    def batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
+        """Micro batches from step `start_step` on, without end.
 
         Each is a dict on the device: `video` float32 [B, 3, T, H, W] or `image` float32 [B, 3, H, W], normalised;
         `mask`, where the task asks for one, bool [B, N] (of several per clip [B, masks, N]), True = masked; `index`
@@ -157,7 +157,7 @@ class Loader:
         and `finish` add.
         Raises TooManyBadFiles; NoUsableFile when one sample finds no replacement at all.
         """
-        producer = _Producer(self, start_update * self.schedule.accumulation)
+        producer = _Producer(self, start_step * self.schedule.accumulation)
         self._producers.add(producer)
         try:
             while True:
@@ -209,14 +209,14 @@ def _close(reference: weakref.ref[Loader]) -> None:
 
 
 class _Producer:
-    """Runs the pipeline in a thread, from micro batch `step` on, `data.prefetch` batches ahead of the consumer."""
+    """Runs the pipeline in a thread, from micro batch `number` on, `data.prefetch` batches ahead of the consumer."""
 
-    def __init__(self, loader: Loader, step: int):
+    def __init__(self, loader: Loader, number: int):
         self._schedule, self._spec, self._read_targets = loader.schedule, loader.spec, loader.read_targets
         self._readers, self._suspects, self._paths = loader.readers, loader.suspects, loader.paths
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=loader.data.prefetch)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(step,), name="mvd-loader", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(number,), name="mvd-loader", daemon=True)
         self._thread.start()
 
     def next(self) -> tuple[dict[str, Tensor], list[SampleKey], list[Choice]]:
@@ -235,20 +235,20 @@ class _Producer:
         _drain(self._queue)
         self._queue.put_nowait(RuntimeError("the loader was closed"))
 
-    def _run(self, step: int) -> None:
+    def _run(self, number: int) -> None:
         with no_interrupts():  # of this thread, which starts the reading processes
-            self._produce(step)
+            self._produce(number)
 
-    def _produce(self, step: int) -> None:
+    def _produce(self, number: int) -> None:
         try:
             while not self._stop.is_set():
-                step = self._run_pipeline(step)
+                number = self._run_pipeline(number)
         except BaseException as error:  # handed to the consumer, which raises it
             self._put(error)
 
     def _run_pipeline(self, first: int) -> int:
-        """Produce from micro batch `first` until told to stop or until DALI fails; returns the step to go on with."""
-        ahead: dict[int, list[Sample]] = {}  # what is inside the pipeline, by step; without its pixels
+        """Produce from micro batch `first` until told to stop or until DALI fails; returns the number to go on with."""
+        ahead: dict[int, list[Sample]] = {}  # what is inside the pipeline, by number; without its pixels
 
         def read(iteration: int) -> list[Sample]:
             samples = self._samples(first + iteration)
@@ -256,33 +256,33 @@ class _Producer:
             return samples
 
         pipeline = build_pipeline(self._spec, read)
-        step = first
+        number = first
         while not self._stop.is_set():
             try:
                 outputs = pipeline.run()
             except RuntimeError as error:
-                self._suspect_culprits(step, error)
+                self._suspect_culprits(number, error)
                 break
-            batch, samples = outputs_to_torch(outputs, self._spec), ahead.pop(step)
+            batch, samples = outputs_to_torch(outputs, self._spec), ahead.pop(number)
             choices = [sample.choice for sample in samples]
             if samples[0].notes is not None:
                 batch = _annotated(self._spec, batch, [sample.notes for sample in samples])
             if self._read_targets:
                 batch |= self._read_targets([choice.key for choice in choices])
-            self._put((batch, self._schedule.keys(step), choices))
-            step += 1
-        return step
+            self._put((batch, self._schedule.keys(number), choices))
+            number += 1
+        return number
 
-    def _samples(self, step: int) -> list[Sample]:
-        return self._readers.samples(self._schedule.keys(step), frozenset(self._suspects))
+    def _samples(self, number: int) -> list[Sample]:
+        return self._readers.samples(self._schedule.keys(number), frozenset(self._suspects))
 
-    def _suspect_culprits(self, step: int, error: RuntimeError) -> None:
+    def _suspect_culprits(self, number: int, error: RuntimeError) -> None:
         """Find the files DALI fails on and keep them away from it; raises `error` again when there are none.
 
         The pipeline works ahead, so the failure may belong to one of the next micro batches.
         """
         for ahead in range(PIPELINE_DEPTH + 1):
-            failing = failing_samples(self._spec, self._samples(step + ahead))
+            failing = failing_samples(self._spec, self._samples(number + ahead))
             culprits = {self._paths[index]: reason for index, reason in failing.items()}
             if culprits.keys() & self._suspects.keys():  # not the decoder's failure
                 break

@@ -174,7 +174,7 @@ def _loader(config: RunConfig | DataSetup, samples: int, file: str) -> Loader:
 
 def _rows(loader: Loader, samples: int, epoch: int) -> Iterator[tuple[dict[str, Tensor], Sample]]:
     """For each sample what the batch holds of it, and what the pipeline got for it."""
-    step, batches = epoch * loader.updates_per_epoch, loader.batches(epoch * loader.updates_per_epoch)
+    step, batches = epoch * loader.steps_per_epoch, loader.batches(epoch * loader.steps_per_epoch)
     while samples > 0:
         batch, keys = next(batches), loader.schedule.keys(step)
         for row, sample in enumerate(loader.readers.samples(keys, frozenset(loader.suspects))[:samples]):

@@ -52,8 +52,8 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 class Schedule:
     """Which samples each micro batch holds.
 
-    Update u is in epoch u // updates_per_epoch and takes `size` consecutive entries of that epoch's permutation; they
-    are dealt out by accumulation step, then rank. So every world size sees the same samples in an update.
+    Step s is in epoch s // steps_per_epoch and takes `size` consecutive entries of that epoch's permutation; they
+    are dealt out by micro batch, then rank. So every world size sees the same samples in a step.
     """
 
     seed: int
@@ -67,18 +67,18 @@ class Schedule:
 
     @property
     def size(self) -> int:
-        """Samples of one update, over all ranks."""
+        """Samples of one step, over all ranks."""
         return self.micro * self.accumulation * self.world_size
 
     @property
-    def updates_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         return self.count // self.size
 
-    def keys(self, step: int) -> list[SampleKey]:
-        """Samples of this rank's micro batch number `step`, counted from the first update of the run."""
-        update, part = divmod(step, self.accumulation)
-        epoch, update = divmod(update, self.updates_per_epoch)
-        first = update * self.size + (part * self.world_size + self.rank) * self.micro
+    def keys(self, number: int) -> list[SampleKey]:
+        """Samples of this rank's micro batch `number`, counted from the first step of the run."""
+        step, part = divmod(number, self.accumulation)
+        epoch, step = divmod(step, self.steps_per_epoch)
+        first = step * self.size + (part * self.world_size + self.rank) * self.micro
         order = _order(self.seed, epoch, self.count)
         view = epoch % self.views if self.views else None
         return [
@@ -101,7 +101,9 @@ class Source:
     paths: list[str]
     dataset: Dataset
     quarantine: frozenset[str] = frozenset()  # paths set aside before the run
-    untaught: dict[tuple[int, int], str] = field(default_factory=dict)  # (index, view) without stored targets -> why
+    missing_targets: dict[tuple[int, int], str] = field(
+        default_factory=dict
+    )  # (index, view) without stored targets -> why
     _verdicts: dict[str, Any] = field(default_factory=dict)  # path -> facts, or why `check` refused it
 
     def sample(self, key: SampleKey, suspects: frozenset[str] = frozenset()) -> Sample:
@@ -128,8 +130,8 @@ class Source:
 
     def _load(self, key: SampleKey, by_dali: bool) -> tuple[Inputs, dict[str, Any] | None]:
         path = self.paths[key.index]
-        if (key.index, key.view) in self.untaught:
-            raise media.BadFile(self.untaught[key.index, key.view])
+        if (key.index, key.view) in self.missing_targets:
+            raise media.BadFile(self.missing_targets[key.index, key.view])
         facts = self.facts(path)
         notes = self.dataset.annotate(facts, key)
         return self.dataset.load(path, facts, key, by_dali), notes

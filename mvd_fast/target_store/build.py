@@ -37,7 +37,7 @@ DEFAULT_BATCH = 16
 def build_store(config: Config, batch: int | None, rows_per_shard: int | None, shard: str | None) -> None:
     """Builds, or goes on with, this process's part of a config's store. batch: clips at a time."""
     device = launch.device()
-    batch = batch or config.batch.micro or DEFAULT_BATCH
+    batch = batch or config.batch.micro_batch_size or DEFAULT_BATCH
     Builder(config, device, batch, rows_per_shard, *_share(shard)).run()
 
 

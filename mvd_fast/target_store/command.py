@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_config_arguments(parser)
     parser.add_argument("--shard", metavar="I/N", help="this process is number I (from 0) of N that share the work")
-    parser.add_argument("--batch", type=positive, metavar="B", help="clips at a time; default: batch.micro, or 16")
+    parser.add_argument("--batch", type=positive, metavar="B", help="clips at a time; default: the micro batch, or 16")
     parser.add_argument("--rows-per-shard", type=positive, metavar="R", help="default: as many as fill 256 MiB")
     parser.add_argument("--verify", action="store_true", help="read a complete store against its checksums instead")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

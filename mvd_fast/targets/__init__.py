@@ -2,7 +2,7 @@
 
 A kind is a module with `class Config(TargetConfig)`, its settings, and `build(config, clip)`, which gives a module that
 maps clips float [B, 3, T, H, W] (normalised) to features [B, N, C], one for each token of the student, and counts them
-in `flops()`. Beside the kinds, `prefetch` computes the next batch's targets beside the student.
+in `flops()`.
 """
 
 from __future__ import annotations

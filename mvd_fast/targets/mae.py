@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mvd_fast.config.network import ClipConfig, ViTConfig
-from mvd_fast.interop.weights import load_into, read_weights
+from mvd_fast.convert.weights import load_into, read_weights
 from mvd_fast.models import ImageTeacher
 
 from . import TeacherConfig

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from mvd_fast.config.network import ClipConfig
-from mvd_fast.interop.weights import load_into, read_weights
+from mvd_fast.convert.weights import load_into, read_weights
 from mvd_fast.models import VideoTeacher
 
 from . import TeacherConfig

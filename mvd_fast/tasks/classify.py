@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mvd_fast.config.run import DataRequest
 from mvd_fast.data.augment import AugmentConfig
-from mvd_fast.downstream.settings import EvaluationConfig
+from mvd_fast.evaluation.settings import EvaluationConfig
 from mvd_fast.models import VideoClassifier
 
 from . import Batch, Flops, Network, Task, Validate
-from .finetuning import FineTuneConfig, LabelledConfig, initialised
+from ._finetuning import FineTuneConfig, LabelledConfig, initialised
 
 
 class ClassifierConfig(LabelledConfig):
@@ -44,8 +44,11 @@ class Config(FineTuneConfig):
     def faults(self) -> Iterator[str]:
         if self.model.num_classes == 1:
             yield "model.num_classes: got 1; a classifier needs at least 2"
-        if self.augment.mixes and self.augment.mix_probability and (self.batch.micro or self.batch.size) < 2:
-            yield "augment.mixup: a single clip has no other to be mixed with; raise batch.micro, or switch mixing off"
+        if self.augment.mixes and self.augment.mix_probability and (self.batch.micro_batch_size or self.batch.size) < 2:
+            yield (
+                "augment.mixup: a single clip has no other to be mixed with; raise batch.micro_batch_size, or switch "
+                "mixing off"
+            )
         if (
             self.evaluation.list
             and self.evaluation.sampling == "dense"
@@ -86,7 +89,7 @@ class Classify(Task):
     def validation(self, config: Config, device: torch.device) -> Validate | None:
         if not config.evaluation.list:
             return None
-        from mvd_fast.downstream.views import Validation  # with DALI
+        from mvd_fast.evaluation.views import Validation  # with DALI
 
         return Validation(config, device).run
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mvd_fast.models.detector import ActionDetector
 
 from . import Batch, Flops, Network, Task
-from .finetuning import FineTuneConfig, initialised
+from ._finetuning import FineTuneConfig, initialised
 
 
 class Config(FineTuneConfig):

@@ -19,7 +19,7 @@ from mvd_fast.models.frozen import compile_frozen
 from mvd_fast.models.student import MaskedVideoStudent, TargetDecoder, split_masks
 from mvd_fast.models.tokens import choose_tokens, per_clip
 from mvd_fast.targets import TargetConfig, build_target
-from mvd_fast.targets.prefetch import prefetched
+from mvd_fast.tasks._prefetch import prefetched
 from mvd_kernels import linear_smooth_l1
 
 from . import Batch, Flops, Network, Task

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from mvd_fast.models import MaskedAutoencoder
 
-from .pixels import PixelConfig, PixelTask, pixel_task
+from ._pixels import PixelConfig, PixelTask, pixel_task
 
 
 class Config(PixelConfig):

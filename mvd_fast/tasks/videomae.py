@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from mvd_fast.config.network import ClipConfig
 from mvd_fast.models import VideoMAE
 
-from .pixels import PixelConfig, PixelTask, pixel_task
+from ._pixels import PixelConfig, PixelTask, pixel_task
 
 
 class Config(PixelConfig):

@@ -20,7 +20,7 @@ class MasterAdamW(torch.optim.AdamW):
     """AdamW (Loshchilov and Hutter 2019) on float32 master weights of parameters that are in bf16.
 
     Gradients become float32 a bucket at a time, so that a step needs 16 MiB rather than 4 bytes per parameter; torch's
-    fused update goes over the bucket while a cache still holds it, and the new weights are rounded into the parameters.
+    fused step goes over the bucket while a cache still holds it, and the new weights are rounded into the parameters.
     A state (`STATE`: float32, on the parameter's device) exists from the start. `clip_grad`: the largest L2 norm of all
     gradients together, 0: any; computed in float32.
     """
@@ -53,7 +53,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update from the parameters' gradients; those without one stay."""
+        """One step from the parameters' gradients; those without one stay."""
         assert closure is None, "gradients are computed before the step"
         scale = self._clip_scale() if self.clip_grad else None
         for group in self.param_groups:
@@ -120,24 +120,24 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 class GradientSums:
-    """Sums the gradients of an update's micro batches in float32 and hands them over, rounded once, at the last one.
+    """Sums the gradients of a step's micro batches in float32 and hands them over, rounded once, at the last one.
 
     Many bf16 gradients summed in bf16 lose their small parts.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.last = True  # set before each backward pass: whether it is the update's last
+        self.last = True  # set before each backward pass: whether it is the step's last
         self._sums: dict[nn.Parameter, Tensor] = {}
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._add)
 
     def require_complete(self) -> None:
-        """After an update's last backward pass. Raises UserError if it did not reach all that an earlier one did."""
+        """After a step's last backward pass. Raises UserError if it did not reach all that an earlier one did."""
         if self._sums:
             raise UserError(
-                f"{len(self._sums)} parameters took part in an update's first micro batches, but not in its last; "
-                "their gradients cannot be summed; set deepspeed.zero_optimization.stage or batch.accumulation to 1"
+                f"{len(self._sums)} parameters took part in a step's first micro batches, but not in its last; "
+                "their gradients cannot be summed; set deepspeed.zero_optimization.stage or batch.grad_accum_steps to 1"
             )
 
     def _add(self, parameter: nn.Parameter) -> None:

@@ -1,9 +1,9 @@
 """Checkpoints that are complete or invisible.
 
 DeepSpeed writes into a hidden folder; every file is fsynced, a manifest with sizes and SHA-256 is added, and one rename
-makes the checkpoint appear as `update-00000042`. Reading verifies the manifest first and never unpickles code.
+makes the checkpoint appear as `step-00000042`. Reading verifies the manifest first and never unpickles code.
 
-    run_dir/checkpoints/update-00000042/manifest.json, model.safetensors, DeepSpeed's state files
+    run_dir/checkpoints/step-00000042/manifest.json, model.safetensors, DeepSpeed's state files
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import save_file
 
+from mvd_fast.convert.storage import read_classes, read_metadata
 from mvd_fast.errors import UserError
 from mvd_fast.files import WEIGHTS, fsync, seal, write_text, written_aside
-from mvd_fast.interop.storage import read_classes, read_metadata
 from mvd_fast.names import printable
 
 from . import launch
 
 log = logging.getLogger(__name__)
 
-PREFIX, HIDDEN, MANIFEST = "update-", ".writing-", "manifest.json"
+PREFIX, HIDDEN, MANIFEST = "step-", ".writing-", "manifest.json"
 FORMAT = 1
 # Everything but tensors and plain containers that DeepSpeed's state files hold.
 TRUSTED_CLASSES = [
@@ -64,9 +64,9 @@ class SafeTorchEngine(TorchCheckpointEngine):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds: the updates done, the ranks that wrote it, ZeRO stage and precision, and its files."""
+    """What a checkpoint holds: the steps done, the ranks that wrote it, ZeRO stage and precision, and its files."""
 
-    update: int
+    step: int
     world_size: int
     zero_stage: int
     precision: str
@@ -196,7 +196,7 @@ def load(engine: Any, path: Path, precision: str) -> tuple[int, dict[str, Any]]:
         different = ", ".join(f"{k} {there[k]} (this run: {here[k]})" for k in here if here[k] != there[k])
         raise CheckpointError(f"{path} was written with {different}; resume with the same, or start a new run")
     _, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
-    return manifest.update, client_state["trainer"]
+    return manifest.step, client_state["trainer"]
 
 
 def write_weights(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -18,7 +18,7 @@ from .optim import build_optimizer
 def start_engine(network: nn.Module, config: RunConfig, micro_batch_size: int, grad_accum_steps: int) -> Any:
     """DeepSpeed's engine around `network`, on this rank's device, in the run's precision.
 
-    In bf16 with ZeRO stage 0 the update is `MasterAdamW`'s: DeepSpeed's own keeps float32 copies of all gradients, and
+    In bf16 with ZeRO stage 0 the step is `MasterAdamW`'s: DeepSpeed's own keeps float32 copies of all gradients, and
     its step takes several times as long. Then DeepSpeed is told of a network without mixed precision, and only sums
     gradients over ranks.
     """
@@ -51,7 +51,7 @@ def backward(engine: Any, loss: Tensor) -> None:
 
 
 def has_own_masters(config: RunConfig) -> bool:
-    """Whether the update is MasterAdamW's."""
+    """Whether the step is MasterAdamW's."""
     return config.precision == "bf16" and config.zero_stage == 0
 
 

@@ -1,4 +1,4 @@
-"""No update from a loss that is infinite or NaN, on any rank."""
+"""No step from a loss that is infinite or NaN, on any rank."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from . import launch
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or NaN; the update was not made. Raised on every rank, with the same sentence."""
+    """The loss became infinite or NaN; the step was not made. Raised on every rank, with the same sentence."""
 
 
 class FiniteCheck:
-    """Whether all losses of one update are finite, on all ranks.
+    """Whether all losses of one step are finite, on all ranks.
 
-    `begin` after the update's last forward pass, `failed` after its backward pass: the ranks' reduction and its way to
+    `begin` after the step's last forward pass, `failed` after its backward pass: the ranks' reduction and its way to
     the host lie beside the backward pass, so that reading them leaves the device busy.
     """
 
@@ -37,7 +37,7 @@ class FiniteCheck:
         self._any = launch.AnyRank(~torch.stack([loss for loss, _ in self._losses]).isfinite().all())
 
     def failed(self) -> bool:
-        """Whether a loss is not finite; the same on every rank. If none, the next update's losses are awaited."""
+        """Whether a loss is not finite; the same on every rank. If none, the next step's losses are awaited."""
         assert self._any is not None, "begin comes first"
         if self._any.result():
             return True
@@ -49,7 +49,7 @@ class FiniteCheck:
         bad = [(loss.item(), index) for loss, index in self._losses if not math.isfinite(loss.item())]
         own = (bad[0][0], [name for _, index in bad for name in names(index)]) if bad else None
         return "; ".join(
-            f"loss is {found[0]} at update {step} on rank {rank} (samples: {', '.join(map(printable, found[1]))})"
+            f"loss is {found[0]} at step {step} on rank {rank} (samples: {', '.join(map(printable, found[1]))})"
             for rank, found in enumerate(launch.all_gather(own))
             if found
         )

@@ -63,10 +63,10 @@ def device_name(device: torch.device) -> str:
     return f"the CPU ({cpu_name()}), as {why}"
 
 
-def start_of(config: RunConfig, checkpoint: Path | None, update: int, per_epoch: int) -> str:
+def start_of(config: RunConfig, checkpoint: Path | None, step: int, per_epoch: int) -> str:
     """Where a run starts from."""
     if checkpoint:
-        return f"resumed at step {update:,}, epoch {update / per_epoch:.2f}, from {checkpoint}"
+        return f"resumed at step {step:,}, epoch {step / per_epoch:.2f}, from {checkpoint}"
     return config.start
 
 
@@ -78,10 +78,10 @@ def finished(config: RunConfig, steps: int, seconds: float, best: dict[str, Any]
     return [f"mvd-fast: finished: {steps:,} steps; this start took {time_left(seconds)}", *_results(config, best)]
 
 
-def stopped(config: RunConfig, update: int, steps: int) -> list[str]:
+def stopped(config: RunConfig, step: int, steps: int) -> list[str]:
     """After a signal."""
     rows = {"saved": config.output_dir, "next": "the same command goes on from there"}
-    return [f"mvd-fast: stopped after step {update:,} of {steps:,}", *aligned(rows)]
+    return [f"mvd-fast: stopped after step {step:,} of {steps:,}", *aligned(rows)]
 
 
 def finished_before(config: RunConfig) -> list[str]:
@@ -93,7 +93,7 @@ def finished_before(config: RunConfig) -> list[str]:
     if not (summary.get("finished") and same and (folder / WEIGHTS).is_file()):
         return []
     return [
-        f"mvd-fast: {folder} is finished: {summary['update']:,} of {summary['updates']:,} steps",
+        f"mvd-fast: {folder} is finished: {summary['step']:,} of {summary['steps']:,} steps",
         *_results(config, summary.get("best", {})),
         *aligned({"anew": "give another folder: --run-dir FOLDER"}),
     ]

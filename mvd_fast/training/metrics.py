@@ -132,26 +132,26 @@ class LossWindow:
 
 
 class RunLog:
-    """JSONL and TensorBoard, both cut back to `start_update` when a run resumes, so that no update is told twice."""
+    """JSONL and TensorBoard, both cut back to `start_step` when a run resumes, so that no step is told twice."""
 
-    def __init__(self, run_dir: Path, start_update: int, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, start_step: int, tensorboard: bool) -> None:
         self.path = run_dir / "log.jsonl"
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _update_of(line) <= start_update]
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= start_step]
             write_text(self.path, "".join(line + "\n" for line in kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_update + 1)
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """One line of JSONL; its numbers (one level of nesting) to TensorBoard."""
         self._file.write(json.dumps(record) + "\n")
         if self._board is not None:
             for name, value in _numbers(record):
-                self._board.add_scalar(name, value, record["update"])
+                self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         self._file.close()
@@ -159,9 +159,9 @@ class RunLog:
             self._board.close()
 
 
-def _update_of(line: str) -> float:
+def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["update"]
+        return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
         return float("inf")  # a line cut short by a crash: dropped
 
@@ -170,7 +170,7 @@ def _numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
     for name, value in record.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "update":
+        elif isinstance(value, int | float) and name != "step":
             yield prefix + name, value
 
 
@@ -222,7 +222,7 @@ class Metrics:
         phases = self.timer.collect()
         clips = steps * self.config.clips_per_step
         record = {
-            "update": step,
+            "step": step,
             "epoch": epoch,
             **{name: value / (steps * self.grad_accum_steps) for name, value in sums.items()},
             "clips_per_second": clips / seconds,

@@ -1,4 +1,4 @@
-"""Stopping on a signal: every rank saves after the same update."""
+"""Stopping on a signal: every rank saves after the same step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from . import launch, messages
 
 
 class PreemptionHandler:
-    """SIGTERM (or Ctrl-C, once) on any rank, agreed on by all ranks at the same update.
+    """SIGTERM (or Ctrl-C, once) on any rank, agreed on by all ranks at the same step.
 
-    With several ranks the agreement of one update is read after the next, so that nobody waits for it.
+    With several ranks the agreement of one step is read after the next, so that nobody waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class PreemptionHandler:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def requested(self) -> bool:
-        """Whether to stop now; every rank gets the same answer. Called once per update (collective)."""
+        """Whether to stop now; every rank gets the same answer. Called once per step (collective)."""
         if launch.world_size() == 1:
             return self._received
         agreed = self._pending is not None and self._pending.result()

@@ -68,11 +68,11 @@ def warn_of_slow_bf16(config: RunConfig) -> None:
 
 
 def warn_of_zero_alone(config: RunConfig, ranks: int) -> None:
-    """Says so where there is nobody to share with, and DeepSpeed's bf16 update is used instead of MasterAdamW's."""
+    """Says so where there is nobody to share with, and DeepSpeed's bf16 step is used instead of MasterAdamW's."""
     offloads = "offload_optimizer" in config.deepspeed.get("zero_optimization", {})
     if ranks == 1 and config.precision == "bf16" and config.zero_stage in (1, 2) and not offloads:
         log.warning(
-            "ZeRO %d shares nothing on one rank; without it the update takes less time and memory (measured on CPUs): "
+            "ZeRO %d shares nothing on one rank; without it the step takes less time and memory (measured on CPUs): "
             "start with --set deepspeed.zero_optimization.stage=0, as a resumed run cannot change it",
             config.zero_stage,
         )

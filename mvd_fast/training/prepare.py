@@ -30,7 +30,7 @@ class Prepared:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.loader.updates_per_epoch
+        return self.loader.steps_per_epoch
 
     @property
     def total_steps(self) -> int:

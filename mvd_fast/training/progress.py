@@ -52,7 +52,7 @@ class ProgressLine:
             self._console.print(f"{self._title} {line}", highlight=False, soft_wrap=True)
 
     def tell(self, note: str) -> None:
-        """Says what goes on between two updates; at once on a terminal only."""
+        """Says what goes on between two steps; at once on a terminal only."""
         self._bar.update(self._task, notes=[note])
         self._bar.refresh()
 

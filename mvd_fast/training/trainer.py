@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mvd_fast.config.load import save_config
+from mvd_fast.convert.storage import run_metadata
 from mvd_fast.files import BEST, CONFIG, WEIGHTS
-from mvd_fast.interop.storage import run_metadata
 from mvd_fast.tasks import Validate
 
 from . import checkpoint, launch, messages, preflight
@@ -106,12 +106,12 @@ class Trainer:
         return True
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
-        """One update from the next `grad_accum_steps` micro batches, none where a loss is not finite; logs it."""
+        """One step from the next `grad_accum_steps` micro batches, none where a loss is not finite; logs it."""
         logs = self.step == 0 or self._is_last_or_due(self.config.log.every)
         set_lr(self.engine.optimizer, self._lr())
         for number in range(self.grad_accum_steps):
             if number:
-                self.engine.step()  # DeepSpeed counts micro batches by it; only the last one updates
+                self.engine.step()  # DeepSpeed counts micro batches by it; only the last one steps
             self._forward_backward(next(batches), number)
         if self.finite.failed():
             self._stop_non_finite()
@@ -173,7 +173,7 @@ class Trainer:
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         facts |= {
             "grad_norm": None if norm is None else float(norm),
-            "skipped_updates": self.engine.skipped_steps,
+            "skipped_steps": self.engine.skipped_steps,
             "bad_files": len(self.loader.bad_files),
             "replaced_samples": self.loader.replaced,
         }
@@ -184,11 +184,11 @@ class Trainer:
         with self.metrics.phase("validation"):
             network = self.ema.network(self.engine) if self.ema else self.engine.module
             found = self.validate(network, self.engine.module, self.metrics.progress.tell)
-            found |= {"update": self.step, "epoch": self.step // self.steps_per_epoch}
+            found |= {"step": self.step, "epoch": self.step // self.steps_per_epoch}
             if found["top1"] > self.best.get("top1", -1.0):
                 self.best = found
                 self._export(BEST)
-        self.metrics.write({"update": self.step, "validation": found})
+        self.metrics.write({"step": self.step, "validation": found})
         self.metrics.progress.say(
             f"epoch {found['epoch']}: validation top-1 {found['top1']:.2%}, best {self.best['top1']:.2%}"
         )
@@ -196,8 +196,8 @@ class Trainer:
     def _write_summary(self, finished: bool) -> None:
         facts = {
             "finished": finished,
-            "update": self.step,
-            "updates": self.total_steps,
+            "step": self.step,
+            "steps": self.total_steps,
             "parameters": self._parameters,
             **({"best": self.best} if self.validate else {}),
             **({"classes": self.class_names} if self.class_names else {}),
@@ -208,8 +208,9 @@ class Trainer:
         """Every rank leaves here together."""
         found = self.finite.describe(self.step, self.loader.names)
         raise NonFiniteLossError(
-            f"{found}; the update was not made. Last good checkpoint: {self._last_good()}. Look at these files; "
-            "resume with a lower optim.base_lr or with optim.clip_grad, or start anew in fp32."
+            f"{found}; the step was not made. Last good checkpoint: {self._last_good()}. Look at these files; "
+            "resume with a lower optim.base_lr or with optim.clip_grad, or start anew in fp32; --anomaly names the "
+            "operation whose gradient is not finite."
         )
 
     def _last_good(self) -> str:
@@ -234,7 +235,7 @@ class Trainer:
             self.ema.load_state_dict(state.get("average"), source)
 
     def _is_save_due(self) -> bool:
-        return self.step % (self.config.checkpoint.every_updates or self.steps_per_epoch) == 0
+        return self.step % (self.config.checkpoint.every_steps or self.steps_per_epoch) == 0
 
     def _save(self) -> None:
         config = self.config
@@ -259,7 +260,7 @@ class Trainer:
         weights, spoiled = full_weights(self.engine, self._tables, keep=launch.rank() == 0)
         if spoiled:
             raise NonFiniteLossError(
-                f"{len(spoiled)} parameters are not finite after update {self.step} ({spoiled[0]}, ...), so nothing "
+                f"{len(spoiled)} parameters are not finite after step {self.step} ({spoiled[0]}, ...), so nothing "
                 f"was saved. Last good checkpoint: {self._last_good()}. Resume with a lower optim.base_lr or with "
                 "optim.clip_grad."
             )

@@ -15,15 +15,15 @@ from rich.progress import Progress
 from torch import Tensor
 
 from mvd_fast.config.run import RunConfig
+from mvd_fast.convert.weights import load_into, read_weights
 from mvd_fast.data import build_loader
 from mvd_fast.data.lists import read_dataset
-from mvd_fast.demo.digits import MOTIONS, digit_and_motion
-from mvd_fast.downstream.features import ClipFeatures, Network, clip_features
-from mvd_fast.downstream.probe import linear_probe
+from mvd_fast.evaluation.features import ClipFeatures, Network, clip_features
+from mvd_fast.evaluation.probe import linear_probe
 from mvd_fast.files import WEIGHTS, written_aside
-from mvd_fast.interop.weights import load_into, read_weights
 from mvd_fast.models.tokens import paste_tubes, split_mask
 from mvd_fast.tasks import build_task
+from mvd_fast.tools.demo.digits import MOTIONS, digit_and_motion
 
 LABELS = ("digit", "motion")
 CHANCE = {"digit": 0.1, "motion": 1 / len(MOTIONS)}

@@ -84,7 +84,7 @@ class Plan:
         return self.gpu.memory_gb * 1e9 * (1 - RESERVED)
 
     def largest_micro(self, stage: int) -> int:
-        """The largest micro batch that divides a rank's samples of an update and fits; 0: none does."""
+        """The largest micro batch that divides a rank's samples of a step and fits; 0: none does."""
         per_rank, masks = self.config.batch.size // self.gpus, self.config.request.samples
         fitting = (n for n in range(masks, per_rank + 1, masks) if per_rank % n == 0)
         return max((n for n in fitting if self.peak_bytes(stage, n) <= self.room), default=0)
@@ -96,11 +96,11 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Of one update, without waiting for data."""
+        """Of one step, without waiting for data."""
         return sum(phase.seconds for phase in self.phases)
 
     @property
-    def clips_per_update(self) -> int:
+    def clips_per_step(self) -> int:
         return int(self.config.clips_per_step)
 
     @property
@@ -123,14 +123,14 @@ class Plan:
         """How many times longer steps take because NVDEC does not keep up; 1: it does, or its rate is not known."""
         if not self.decodes or self.nvdec is None:
             return 1.0
-        decoding = self.clips_per_update / self.gpus * self.frames / self.nvdec
+        decoding = self.clips_per_step / self.gpus * self.frames / self.nvdec
         return max(1.0, decoding / self.step_seconds)
 
     @property
-    def updates(self) -> int:
-        clips = self.clips_per_update
+    def steps(self) -> int:
+        clips = self.clips_per_step
         if clips > self.clips:
-            raise ConfigError(f"--clips: {self.clips} are less than one update of {clips}; lower batch.size")
+            raise ConfigError(f"--clips: {self.clips} are less than one step of {clips}; lower batch.size")
         return self.config.optim.epochs * (self.clips // clips)
 
     # ---- figures, by section ----
@@ -194,7 +194,7 @@ class Plan:
             )
 
     def _time(self) -> Iterator[Figure]:
-        section = "one update"
+        section = "one step"
         if self.share is None:
             source = (
                 f"{LARGE_WORK_SHARE:.0%} (teachers of the step measured on an {GPUS[MEASURED.gpu].title}, "
@@ -217,7 +217,7 @@ class Plan:
         yield Figure(section, "bottleneck", name, "", "predicted", why)
 
     def _decoding(self) -> Iterator[Figure]:
-        section, clips = "decoding", self.clips_per_update / self.gpus / self.step_seconds
+        section, clips = "decoding", self.clips_per_step / self.gpus / self.step_seconds
         yield Figure(section, "clips needed", clips, "/s/GPU", "predicted", "batch.size / GPUs / step")
         if not self.decodes:
             return
@@ -242,10 +242,10 @@ class Plan:
         if Path(config.data.train).is_file():
             known = "counted"
         yield Figure(section, "training samples", self.clips, "", known, self.clips_source)
-        source = f"{config.optim.epochs} epochs of {self.updates // config.optim.epochs}"
-        yield Figure(section, "updates", self.updates, "", "counted", source)
-        seconds = self.updates * self.step_seconds * self.waiting
-        how = "updates x step" + ("" if self.waiting == 1.0 else f" x {self.waiting:.2g}, waiting for NVDEC")
+        source = f"{config.optim.epochs} epochs of {self.steps // config.optim.epochs}"
+        yield Figure(section, "steps", self.steps, "", "counted", source)
+        seconds = self.steps * self.step_seconds * self.waiting
+        how = "steps x time of one" + ("" if self.waiting == 1.0 else f" x {self.waiting:.2g}, waiting for NVDEC")
         yield Figure(section, "time", seconds / 86400, "days", "predicted", f"{how}; no restarts")
         yield Figure(section, "GPU-hours", seconds / 3600 * self.gpus, "h", "predicted", f"time x {self.gpus} GPUs")
 

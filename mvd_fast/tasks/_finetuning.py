@@ -11,7 +11,7 @@ from torch import nn
 
 from mvd_fast.config.network import ClipConfig
 from mvd_fast.config.run import DataRequest, FineTuneOptimConfig, RunConfig
-from mvd_fast.interop.encoder import load_encoder
+from mvd_fast.convert.encoder import load_encoder
 
 
 class LabelledConfig(ClipConfig):

@@ -48,13 +48,13 @@ def clip_features(
     similarity: dict[str, Tensor] = {name: torch.zeros(()) for name in networks}
     index = []
     batches = loader.batches(0)
-    for _ in range(loader.updates_per_epoch):
+    for _ in range(loader.steps_per_epoch):
         item = next(batches)
         index.append(item["index"])
         for name, network in networks.items():
             slices = network(item["video"]).float().unflatten(1, (config.model.grid[0], -1))  # [B, T', S, C]
             pooled[name].append(slices.mean((1, 2)))
-            similarity[name] = similarity[name] + slice_similarity(slices) / loader.updates_per_epoch
+            similarity[name] = similarity[name] + slice_similarity(slices) / loader.steps_per_epoch
     loader.close()
     return ClipFeatures(
         torch.cat(index).cpu().numpy(),

@@ -33,7 +33,7 @@ UPDATE_SHARE = UPDATE_BYTES * MEASURED_PARAMETERS / MEASURED.optimiser / (GPUS[M
 
 @dataclass(frozen=True)
 class Phase:
-    """Seconds of one update on one GPU, and what they are limited by."""
+    """Seconds of one step on one GPU, and what they are limited by."""
 
     name: str
     seconds: float
@@ -60,7 +60,7 @@ def phases(
     share: float | None,
     network_gb_s: float,
 ) -> list[Phase]:
-    """The phases of one update. `share`: of the published peak that arithmetic reaches, None: as measured."""
+    """The phases of one step. `share`: of the published peak that arithmetic reaches, None: as measured."""
     published = (gpu.tflops_bf16 if config.precision == "bf16" else gpu.tflops_fp32) * 1e12
     share = LARGE_WORK_SHARE * REACHED_OF_PUBLISHED if share is None else share
     clips = micro / config.request.samples
@@ -97,7 +97,7 @@ def _communication(
 ) -> Phase:
     """A ring sends (n - 1) / n of the data once for a reduce-scatter or an all-gather, and twice for an all-reduce."""
     width = 2 if config.precision == "bf16" else 4
-    reduced = accumulation if stage >= 2 else 1  # times an update
+    reduced = accumulation if stage >= 2 else 1  # times a step
     gathered = 2 * accumulation if stage == 3 else 1  # ZeRO 0's second half of an all-reduce counts as a gather
     sent = (reduced + gathered) * width * trained * (ranks - 1) / ranks
     rate, where = (network_gb_s, "network") if ranks > GPUS_PER_MACHINE else (gpu.link_gb_s, "links")

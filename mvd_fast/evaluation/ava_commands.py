@@ -108,8 +108,8 @@ def load_detector(checkpoint: str) -> tuple[torch.nn.Module, RunConfig]:
     Raises UserError for anything else.
     """
     from mvd_fast.config.load import load_config
-    from mvd_fast.interop.storage import read_source
-    from mvd_fast.interop.weights import load_into
+    from mvd_fast.convert.storage import read_source
+    from mvd_fast.convert.weights import load_into
     from mvd_fast.models.detector import ActionDetector
 
     folder = Path(checkpoint)

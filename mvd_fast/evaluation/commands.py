@@ -189,7 +189,7 @@ def _write_features(found: FrozenFeatures, names: Sequence[str], opened: _Opened
     import torch
     from safetensors.torch import save_file
 
-    from mvd_fast.interop.storage import classes_metadata
+    from mvd_fast.convert.storage import classes_metadata
 
     tensors = {"pooled": found.pooled}
     if found.tokens is not None:

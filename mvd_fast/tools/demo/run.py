@@ -20,10 +20,10 @@ from rich.progress import Progress
 import mvd_fast
 from mvd_fast.config.load import load_config
 from mvd_fast.config.run import RunConfig
-from mvd_fast.demo.digits import FRAMES, MOTIONS, SIZE, DigitSet, is_written, write_digit_set
 from mvd_fast.errors import INTERRUPTED, SAVED, UserError
 from mvd_fast.files import SUMMARY, WEIGHTS, write_text
 from mvd_fast.machine import cpu_name, has_fast_bf16
+from mvd_fast.tools.demo.digits import FRAMES, MOTIONS, SIZE, DigitSet, is_written, write_digit_set
 from mvd_fast.training.launcher import run_ranks
 
 RUNS = ("image_teacher", "video_teacher", "student")
@@ -93,7 +93,7 @@ class Demo:
         for name in RUNS:
             self._train(name)
         self._evaluate()
-        from mvd_fast.report import write_report
+        from mvd_fast.tools.report import write_report
 
         report = write_report(self.out)
         self._tell(f"report: {report}")
@@ -158,7 +158,7 @@ class Demo:
         with self._phase(title, run=name, batch=config.batch.size) as record:
             self._launch(name)
             summary = _summary(run_dir)
-            record.update(updates=summary["updates"], parameters=summary["parameters"])
+            record.update(steps=summary["steps"], parameters=summary["parameters"])
 
     def _stale_run(self, run_dir: Path, config: RunConfig) -> bool:
         """Whether a run folder is of another config, or of inputs that were made anew: it must not be resumed."""
@@ -188,7 +188,7 @@ class Demo:
         results = self.out / "results.json"
         if results.exists() and self._is_done("probes"):
             return
-        from mvd_fast.demo.evaluate import evaluate
+        from mvd_fast.tools.demo.evaluate import evaluate
 
         with self._phase("probes"):
             measured = evaluate(self.config("student"), self.config("video_teacher"), self.out, self.console)

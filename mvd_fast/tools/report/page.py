@@ -99,7 +99,7 @@ def _confusions(results: dict[str, Any]) -> dict[str, Markup]:
 
 
 def _loss_panel(network: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """`chart` is None where no update was logged."""
+    """`chart` is None where no step was logged."""
     parts = {"loss_image": ("image part", "image teacher"), "loss_video": ("video part", "video teacher")}
     curves = {"loss": (series(records, "loss"), network)}
     curves |= {name: (series(records, key), owner) for key, (name, owner) in parts.items()}

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .facts import Accuracy, Similarity
 
-Curve = tuple[np.ndarray, np.ndarray]  # updates [n], values [n]
+Curve = tuple[np.ndarray, np.ndarray]  # steps [n], values [n]
 
 # Stand-ins, replaced in the SVG by var(--name).
 THEME = {
@@ -128,18 +128,18 @@ def probe_bars(label: str, table: dict[str, dict[str, Accuracy]], chance: float 
 
 
 def loss_curves(network: str, curves: dict[str, tuple[Curve, str]], rate: Curve) -> Markup:
-    """Losses over updates, each raw (faint) and smoothed, with the learning rate thin behind them.
+    """Losses over steps, each raw (faint) and smoothed, with the learning rate thin behind them.
 
     `curves`: name -> (curve, network whose colour it has).
     """
 
     def draw(ax: Axes) -> None:
-        for name, ((updates, values), owner) in curves.items():
-            ax.plot(updates, values, color=color(owner), alpha=0.35, linewidth=0.8)
-            ax.plot(updates, smooth(values), color=color(owner), linewidth=1.9, label=name)
+        for name, ((steps, values), owner) in curves.items():
+            ax.plot(steps, values, color=color(owner), alpha=0.35, linewidth=0.8)
+            ax.plot(steps, smooth(values), color=color(owner), linewidth=1.9, label=name)
         everything = np.concatenate([values for (_, values), _ in curves.values()])
         ax.set_ylim(0 if everything.min() >= 0 else None, _ceiling(everything))
-        ax.set_xlabel("update")
+        ax.set_xlabel("step")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(5))
         ax.tick_params(length=3)
@@ -151,7 +151,7 @@ def loss_curves(network: str, curves: dict[str, tuple[Curve, str]], rate: Curve)
         ax.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1.2)
 
     ends = "; ".join(f"{name} from {v[0]:.3g} to {v[-1]:.3g}" for name, ((_, v), _) in curves.items())
-    return svg(draw, f"loss-{network.replace(' ', '-')}", f"Loss of the {network} over updates: {ends}.", 340, 270)
+    return svg(draw, f"loss-{network.replace(' ', '-')}", f"Loss of the {network} over steps: {ends}.", 340, 270)
 
 
 def _draw_rate(ax: Axes, rate: Curve) -> list:

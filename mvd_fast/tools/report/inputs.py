@@ -53,7 +53,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = (_parse(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
-    return [record for record in records if isinstance(record, dict) and is_number(record.get("update"))]
+    return [record for record in records if isinstance(record, dict) and is_number(record.get("step"))]
 
 
 def _parse(line: str) -> Any:
@@ -77,6 +77,6 @@ def is_number(value: Any) -> bool:
 
 
 def series(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(updates [n], values [n]) of the records that have a finite number under `name`."""
-    pairs = [(record["update"], record[name]) for record in records if is_number(record.get(name))]
+    """(steps [n], values [n]) of the records that have a finite number under `name`."""
+    pairs = [(record["step"], record[name]) for record in records if is_number(record.get(name))]
     return tuple(np.array(pairs, dtype=float).reshape(-1, 2).T)

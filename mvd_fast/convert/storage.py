@@ -88,11 +88,11 @@ def _consolidated(folder: Path) -> Path:
         return _verified(folder)
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
-    if checkpoints := sorted((folder / CHECKPOINTS).glob("update-*")):
+    if checkpoints := sorted((folder / CHECKPOINTS).glob("step-*")):
         return _verified(checkpoints[-1])
     raise WeightsError(
         f"{folder} is no folder of weights: wanted is one of Hugging Face ({CONFIG} with model_type), a run of "
-        f"mvd-fast or one of its checkpoints (update-*); another DeepSpeed checkpoint needs its zero_to_fp32.py first"
+        f"mvd-fast or one of its checkpoints (step-*); another DeepSpeed checkpoint needs its zero_to_fp32.py first"
     )
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from mvd_fast.config.base import IMAGENET_MEAN, IMAGENET_STD
 from mvd_fast.config.run import DataRequest
+from mvd_fast.convert.convert import read_network
+from mvd_fast.convert.network import Network, resized
+from mvd_fast.convert.weights import WeightsError, load_into
 from mvd_fast.data.clips import Center
 from mvd_fast.data.crops import CenterCrop
 from mvd_fast.data.datasets.video import Config, VideoDataset
-from mvd_fast.interop.convert import read_network
-from mvd_fast.interop.network import Network, resized
-from mvd_fast.interop.weights import WeightsError, load_into
 from mvd_fast.models import ImageTeacher
 from mvd_fast.models.videomae import VideoEncoder
 from mvd_kernels import AddLayerNorm

@@ -65,8 +65,8 @@ def attentive_scores(
     target = torch.from_numpy(targets)
     shuffle = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    updates = settings.epochs * math.ceil(len(train_x) / settings.batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    steps = settings.epochs * math.ceil(len(train_x) / settings.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(settings.epochs):
         for index in torch.randperm(len(train_x), generator=shuffle).split(settings.batch):
             loss = F.cross_entropy(probe(train_x[index].to(device).float()), target[index].to(device))

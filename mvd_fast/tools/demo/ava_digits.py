@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from mvd_fast.data.ava_files import Boxes, KeyFrame, Row, write_detections
-from mvd_fast.demo.digits import FRAMES, MOTIONS, SIZE, digit_order, draw_labels, grain, moving_glyphs, write_webm
 from mvd_fast.files import write_text
+from mvd_fast.tools.demo.digits import FRAMES, MOTIONS, SIZE, digit_order, draw_labels, grain, moving_glyphs, write_webm
 
 SIDE = 2 * SIZE  # pixels of a clip
 KEY = FRAMES // 2  # the key frame

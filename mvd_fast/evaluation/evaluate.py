@@ -78,9 +78,9 @@ def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, Preprocessing,
     Raises WeightsError (a ValueError) for a checkpoint that is damaged, incomplete or no classifier.
     """
     from mvd_fast.config.base import IMAGENET_MEAN, IMAGENET_STD
-    from mvd_fast.interop.convert import read_network
-    from mvd_fast.interop.storage import class_names
-    from mvd_fast.interop.weights import WeightsError, load_into
+    from mvd_fast.convert.convert import read_network
+    from mvd_fast.convert.storage import class_names
+    from mvd_fast.convert.weights import WeightsError, load_into
     from mvd_fast.models import VideoClassifier
     from mvd_kernels import AddLayerNorm
 

@@ -24,7 +24,7 @@ DEFAULTS = {"reduce_bucket_size": 500_000_000, "stage3_max_live_parameters": 1_0
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Of one rank. All parts are there at once in a backward pass, but for `step`, which the update takes on top."""
+    """Of one rank. All parts are there at once in a backward pass, but for `step`, which the step takes on top."""
 
     weights: float  # in the precision of the run, frozen tables included
     masters: float  # float32 copies of the weights, where the weights are not float32
@@ -89,7 +89,7 @@ def state_bytes(config: RunConfig, trained: int, frozen: int, stage: int, ranks:
     # An fp32 run has masters, too: DeepSpeed's optimiser works on a flat float32 copy of its partition.
     masters, moments = FP32 * part, MOMENTS * part
     summed = FP32 if accumulates else width  # bytes of a summed gradient
-    # Stage 1 sums whole gradients until the update's last micro batch, and keeps what backward makes beside the sums.
+    # Stage 1 sums whole gradients until the step's last micro batch, and keeps what backward makes beside the sums.
     whole = FP32 + (width if half else 0)
     gradients = whole * trained if stage == 1 and accumulates else summed * part
     bucket = zero["reduce_bucket_size"] * (FP32 if stage == 1 and accumulates else width)

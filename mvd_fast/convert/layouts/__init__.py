@@ -4,7 +4,7 @@ A layout says what its files look like:
 
 * `HOLDS`: one line on what is kept, for people;
 * `recognises(state)`: whether a state dict has these names;
-* `read(source) -> (state, facts)`: the tensors with our names (see `mvd_fast/interop/network.py`), and what the layout
+* `read(source) -> (state, facts)`: the tensors with our names (see `mvd_fast/convert/network.py`), and what the layout
   itself implies, such as `positions`;
 * `select(network) -> {name: tensor}`: what it can hold of a network, in our names, position table included where it
   stores one; ValueError where it cannot hold such a network at all;

@@ -2,7 +2,7 @@
 
 transformers makes its position table (VideoMAE's 1-D sinusoid) itself and has no place for another in a file. Where
 the network adds another table, or ends in a `fc_norm` with another eps than theirs, the folder also gets two classes of
-that kind (`mvd_fast/interop/modeling_mvd.py`), which `trust_remote_code=True` selects.
+that kind (`mvd_fast/convert/modeling_mvd.py`), which `trust_remote_code=True` selects.
 """
 
 from __future__ import annotations

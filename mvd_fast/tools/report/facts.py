@@ -176,7 +176,7 @@ class Phase:
 
     name: str
     seconds: float | None
-    updates: int | None
+    steps: int | None
     batch: int | None
     parameters: int | None
     clips_per_second: float | None
@@ -194,7 +194,7 @@ def _phase(given: dict[str, Any], records: list[dict[str, Any]]) -> Phase:
     return Phase(
         name=given["name"],
         seconds=given.get("seconds"),
-        updates=given.get("updates") or (records[-1]["update"] if records else None),
+        steps=given.get("steps") or (records[-1]["step"] if records else None),
         batch=given.get("batch"),
         parameters=given.get("parameters"),
         clips_per_second=_median(records, "clips_per_second") or given.get("clips_per_second"),

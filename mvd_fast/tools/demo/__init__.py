@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=whole, default=0, help="of the clips and all three trainings (%(default)s)")
     args = parser.parse_args(argv)
 
-    from mvd_fast.demo.run import Demo
+    from mvd_fast.tools.demo.run import Demo
 
     Demo(args.out or Path(DEFAULT_OUT[args.size]), args.size, args.seed).run()
     return 0

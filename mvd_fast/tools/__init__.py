@@ -1,0 +1,1 @@
+"""Commands around training: the demo, the plan of a run, the report, the doctor."""
