@@ -18,11 +18,10 @@ from mvd_fast.data.crops import AnyCrop, CenterCrop, MultiScale, RandomResized
 TESTS = Path(__file__).parent
 
 
-def python(code: str, *paths: Path) -> str:
-    path = os.pathsep.join([*map(str, paths), str(TESTS), *filter(None, sys.path)])
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120
-    )
+def python(code: str, plugins: Path | str = "") -> str:
+    path = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": path, "MVD_PLUGINS": str(plugins)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -159,7 +158,7 @@ print(*[line for shown in show_samples(setup, 1, 0, {out!r}) for line in shown.p
 
 
 def test_a_new_kind_is_one_new_file(tmp_path):
-    new = tmp_path / "plugins" / "mvd_fast" / "data" / "datasets" / "arrays.py"
+    new = tmp_path / "plugins" / "datasets" / "arrays.py"
     new.parent.mkdir(parents=True)
     new.write_text(ARRAYS)
     folder = tmp_path / "clips"

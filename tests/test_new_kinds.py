@@ -1,9 +1,8 @@
-"""A new task, target, dataset and operator are one new file each, in a folder on Python's path: nothing is edited."""
+"""A new task, target, dataset and operator are one new file each, in a folder of MVD_PLUGINS: nothing is edited."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -165,10 +164,10 @@ def build(config):
 '''
 
 FILES = {
-    "mvd_kernels/gated.py": OPERATOR,
-    "mvd_fast/targets/colour.py": TARGET,
-    "mvd_fast/data/datasets/plain.py": DATASET,
-    "mvd_fast/tasks/brightness.py": TASK,
+    "kernels/gated.py": OPERATOR,
+    "targets/colour.py": TARGET,
+    "datasets/plain.py": DATASET,
+    "tasks/brightness.py": TASK,
 }
 
 
@@ -212,8 +211,7 @@ for command in json.loads(sys.argv[1]):
 
 def run(plugins: Path, *commands: list[str]) -> str:
     """`mvd-fast` with each of the commands, all in one process; what they print."""
-    path = os.pathsep.join(filter(None, (str(plugins), os.environ.get("PYTHONPATH", ""))))
-    environment = {**tiny_runs.environment(), "PYTHONPATH": path}
+    environment = {**tiny_runs.environment(), "MVD_PLUGINS": str(plugins)}
     words = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=tiny_runs.TIMEOUT)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,12 +6,11 @@ the definition that the others are tested against. `use_impl` forces one of them
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import os
 
-# Operators of others: modules in folders mvd_kernels/ on Python's path beside no other mvd_kernels.
-_folders = (Path(entry) / "mvd_kernels" for entry in sys.path)
-__path__ += [str(folder) for folder in _folders if folder.is_dir() and not (folder / "__init__.py").is_file()]
+# Operators of others: files of a folder `kernels` in one of the folders that MVD_PLUGINS names.
+_named = filter(None, os.environ.get("MVD_PLUGINS", "").split(os.pathsep))
+__path__ += [os.path.join(os.path.abspath(plugins), "kernels") for plugins in _named]
 
 from mvd_kernels._dispatch import implementation, operators, use_impl  # noqa: E402
 from mvd_kernels.add_layer_norm import AddLayerNorm, add_layer_norm  # noqa: E402

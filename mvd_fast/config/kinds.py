@@ -1,17 +1,17 @@
 """Settings that belong to a kind: the class that reads an object of a config is named by the object's `kind`.
 
 A kind is a module that defines `class Config`: a file of mvd_fast/tasks, mvd_fast/targets or mvd_fast/data/datasets, or
-of a folder of that name on Python's path (`PYTHONPATH=plugins` and plugins/mvd_fast/tasks/mine.py). Only the
-modules that a config names are imported; the others' sources are read for their names.
+of a folder `tasks`, `targets` or `datasets` in one of the folders that MVD_PLUGINS names (`MVD_PLUGINS=plugins` and
+plugins/tasks/mine.py). Only the modules that a config names are imported; the others' sources are read for their names.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 import pkgutil
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -28,15 +28,10 @@ TASKS, TARGETS, DATASETS = "mvd_fast.tasks", "mvd_fast.targets", "mvd_fast.data.
 
 
 def with_plugins(own: Iterable[str], package: str) -> list[str]:
-    """The `__path__` of a package of kinds: its own folders, and those of its name beside no other mvd_fast."""
-    found = list(own)
-    top, *below = package.split(".")
-    for entry in sys.path:
-        root = Path(entry) / top
-        folder = root.joinpath(*below)
-        if folder.is_dir() and str(folder) not in found and not (root / "__init__.py").is_file():
-            found.append(str(folder))
-    return found
+    """The `__path__` of a package of kinds: its own folders, then those of MVD_PLUGINS."""
+    folder = package.rpartition(".")[2]
+    named = filter(None, os.environ.get("MVD_PLUGINS", "").split(os.pathsep))
+    return [*own, *(os.path.join(os.path.abspath(plugins), folder) for plugins in named)]
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -112,7 +112,7 @@ def native_code() -> Iterator[Row]:
 
 
 def kinds() -> Iterator[Row]:
-    """What a config can name; further ones are files in folders on Python's path."""
+    """What a config can name; further ones are files in the folders of MVD_PLUGINS."""
     from mvd_fast.config.kinds import DATASETS, TARGETS, TASKS, available_kinds
 
     for title, package in (("tasks", TASKS), ("targets", TARGETS), ("datasets", DATASETS)):

@@ -1,5 +1,5 @@
-"""Kinds of datasets: `data.kind` in a config is the name of a module here, or of one in a folder
-mvd_fast/data/datasets/ elsewhere on Python's path.
+"""Kinds of datasets: `data.kind` in a config is the name of a module here, or in a folder of MVD_PLUGINS
+(mvd_fast.config.kinds).
 
 A module has its settings, `class Config(CroppedConfig)`, and `build(data, request, on_gpu)`, which makes a `Dataset` of
 them and of what the task asks for. It imports neither torch nor DALI: configs are read without them.
