@@ -545,12 +545,18 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_kinds_are_read_off_the_folders_without_importing(tmp_path, monkeypatch, write):
     write("first/tasks/mine.py", "raise SystemExit\nclass Config(RunConfig):\n    pass\n")
     write("second/tasks/helper.py", "def build():\n    class Config:\n        pass\n")
-    folders = [tmp_path / "first", tmp_path / "second", tmp_path / "none"]
+    folders = [tmp_path / "first", tmp_path / "second", tmp_path]  # the last without tasks
     monkeypatch.setenv("MVD_PLUGINS", os.pathsep.join(map(str, folders)))
     own = [str(Path(kinds.__file__).parents[1] / "tasks")]
     found = kinds.with_plugins(own, "mvd_fast.tasks")
     assert found == [*own, *(str(folder / "tasks") for folder in folders)]
     assert kinds.kinds_in(found) == ("classify", "detect", "distill", "mae", "mine", "videomae")
+    write("second/tasks/mae.py", "class Config(RunConfig):\n    pass\n")
+    with pytest.raises(ConfigError, match=r"second/tasks/mae\.py and .*/mae\.py are both kind 'mae'; rename yours"):
+        kinds.kinds_in(found)
+    monkeypatch.setenv("MVD_PLUGINS", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"MVD_PLUGINS: .*/none is no folder"):
+        kinds.with_plugins(own, "mvd_fast.tasks")
     monkeypatch.delenv("MVD_PLUGINS")
     assert kinds.with_plugins(own, "mvd_fast.tasks") == own
 

@@ -28,9 +28,14 @@ TASKS, TARGETS, DATASETS = "mvd_fast.tasks", "mvd_fast.targets", "mvd_fast.data.
 
 
 def with_plugins(own: Iterable[str], package: str) -> list[str]:
-    """The `__path__` of a package of kinds: its own folders, then those of MVD_PLUGINS."""
+    """The `__path__` of a package of kinds: its own folders, then those of MVD_PLUGINS.
+
+    Raises ConfigError where one that is named is no folder.
+    """
     folder = package.rpartition(".")[2]
-    named = filter(None, os.environ.get("MVD_PLUGINS", "").split(os.pathsep))
+    named = [name for name in os.environ.get("MVD_PLUGINS", "").split(os.pathsep) if name]
+    if missing := [name for name in named if not os.path.isdir(name)]:
+        raise ConfigError(f"MVD_PLUGINS: {missing[0]} is no folder; name folders that hold tasks, targets or datasets")
     return [*own, *(os.path.join(os.path.abspath(plugins), folder) for plugins in named)]
 
 
@@ -47,9 +52,17 @@ def available_kinds(package: str) -> tuple[str, ...]:
 
 
 def kinds_in(folders: Iterable[str]) -> tuple[str, ...]:
-    """Those of the modules in some folders."""
-    found = ((Path(module.module_finder.path), module.name) for module in pkgutil.iter_modules(folders))
-    return tuple(sorted({name for folder, name in found if _defines_config(folder / f"{name}.py")}))
+    """Those of the modules in some folders. Raises ConfigError for a name that two folders have."""
+    found: dict[str, Path] = {}
+    modules = (module for folder in folders for module in pkgutil.iter_modules([folder]))  # all at once: no name twice
+    for module in modules:
+        file = Path(module.module_finder.path) / f"{module.name}.py"
+        if not _defines_config(file):
+            continue
+        if module.name in found:
+            raise ConfigError(f"{file} and {found[module.name]} are both kind {module.name!r}; rename yours")
+        found[module.name] = file
+    return tuple(sorted(found))
 
 
 def _defines_config(module: Path) -> bool:
